@@ -1,0 +1,158 @@
+"""Where CUDA sources become kernels: built at first use, listed for tests and `tapegrad info`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# An array of NumPy or CuPy and such a module. CuPy has no types to import where it is missing.
+Array = Any
+Module = Any
+Kernel = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
+
+OPTIONS = ("-std=c++17",)
+THREADS = 256  # of a block, as the kernels' __launch_bounds__ say
+WARP = 32
+# Blocks of a grid-stride launch: enough for 8 on each of 132 multiprocessors, twice over.
+MAX_BLOCKS = 2048
+MAX_COLUMNS = 2**30  # column numbers are 32 bits in the kernels
+_MAX_GRID_Y = 65535  # the hardware's
+
+_FOLDER = Path(__file__).parent
+_CPP_TYPES = {
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+    np.dtype(np.float16): "__half",
+}
+_BFLOAT16 = "__nv_bfloat16"
+FLOATING = (*_CPP_TYPES.values(), _BFLOAT16)
+ITEM_BYTES = {"float": 4, "double": 8, "__half": 2, _BFLOAT16: 2}
+
+SOURCES: list[Source] = []
+ELEMENTWISE: list[Elementwise] = []
+
+
+def _cupy_raw_module(**arguments: Any) -> Any:
+    import cupy
+
+    return cupy.RawModule(**arguments)
+
+
+# The one place where a source becomes machine code: tests put a builder for the CPU here.
+raw_module: Callable[..., Any] = _cupy_raw_module
+
+
+class Source:
+    """One `.cu` file beside this one, whose kernels are built at first use.
+
+    `groups` are the C++ name expressions of its kernels. A group is compiled as a whole, so it
+    holds what one program uses together: the instances for one dtype.
+    """
+
+    def __init__(self, file: str, *groups: tuple[str, ...]) -> None:
+        self.file = file
+        self.groups = groups
+        self._kernels: dict[tuple[Callable[..., Any], str], Kernel] = {}
+        SOURCES.append(self)
+
+    def code(self) -> str:
+        """Return the text to compile, its own headers pasted in."""
+        return re.sub(
+            r'#include "(.+)"\n',
+            lambda match: (_FOLDER / match[1]).read_text(),
+            (_FOLDER / self.file).read_text(),
+        )
+
+    def kernel(self, name: str) -> Kernel:
+        """Return a kernel, called as `kernel(grid, block, arguments)`.
+
+        It is a `cupy.RawKernel`, which finds its handle for the current device at each call.
+        """
+        kernel = self._kernels.get((raw_module, name))
+        if kernel is None:
+            group = next(group for group in self.groups if name in group)
+            module = raw_module(code=self.code(), options=OPTIONS, name_expressions=group)
+            for member in group:
+                self._kernels[raw_module, member] = module.get_function(member)
+            kernel = self._kernels[raw_module, name]
+        return kernel
+
+
+class Elementwise:
+    """A `cupy.ElementwiseKernel`, built at first use: broadcasts, takes any layout."""
+
+    def __init__(self, inputs: str, output: str, operation: str, name: str) -> None:
+        self.arguments = (inputs, output, operation, name)
+        self.name = name
+        self._kernel: Callable[..., Array] | None = None
+        ELEMENTWISE.append(self)
+
+    def __call__(self, *arrays: Array) -> Array:
+        """Launch it and return the result."""
+        if self._kernel is None:
+            import cupy
+
+            self._kernel = cupy.ElementwiseKernel(*self.arguments)
+        return self._kernel(*arrays)
+
+
+def kernel_names() -> dict[str, list[str]]:
+    """Return every kernel by the file it is in: C++ name expressions, not yet built.
+
+    >>> from tapegrad.kernels import kernel_names
+    >>> kernel_names()["philox.cu"]
+    ['tapegrad_philox']
+    """
+    names = {source.file: [n for group in source.groups for n in group] for source in SOURCES}
+    return names | {"ElementwiseKernel": [kernel.name for kernel in ELEMENTWISE]}
+
+
+def cpp_type(*arrays: Array) -> str | None:
+    """Return the C++ type of the arrays' elements, or None unless all can go to a raw kernel:
+    one floating dtype, in C order (a raw kernel ignores strides), not empty.
+    """
+    dtype = arrays[0].dtype
+    for array in arrays:
+        if array.dtype != dtype or not array.flags.c_contiguous or array.size == 0:
+            return None
+    name = _CPP_TYPES.get(dtype)
+    # NumPy knows no bfloat16; ml_dtypes registers one by this name
+    return _BFLOAT16 if name is None and dtype.name == "bfloat16" else name
+
+
+def pack_width(xp: Module, type_name: str, length: int, *arrays: Array) -> int:
+    """Return how many values a load may take: 16 bytes of them, or 1 where `length` or an address
+    is no multiple of that.
+    """
+    width = 16 // ITEM_BYTES[type_name]
+    if length % width:
+        return 1
+    for array in arrays:
+        if (array.ctypes.data if xp is np else array.data.ptr) % 16:
+            return 1
+    return width
+
+
+def grid(items: int, threads: int = THREADS) -> tuple[int]:
+    """Return the grid of a grid-stride launch over `items` threads."""
+    return (min(-(-items // threads), MAX_BLOCKS),)
+
+
+def column_tiles(columns: int) -> tuple[int, tuple[int, int]]:
+    """Return how many tiles cover the columns, and the block for one, for kernels whose threads
+    walk down columns: (lanes across, lanes down).
+
+    A warp across at most: wider tiles waste more at the right edge and gain nothing. 8 at least:
+    fewer would leave more lanes down to add up than there are rows to share.
+    """
+    across = min(max(8, 1 << (columns - 1).bit_length()), WARP)
+    return -(-columns // across), (across, THREADS // across)
+
+
+def row_blocks(rows: int, tiles: int, lanes_down: int) -> int:
+    """Return how many blocks share the rows of each tile of columns in a grid-stride launch."""
+    return min(-(-rows // lanes_down), max(1, MAX_BLOCKS // tiles), _MAX_GRID_Y)

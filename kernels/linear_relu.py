@@ -1,0 +1,97 @@
+"""Launchers of linear_relu.cu: a dense layer with ReLU, and its gradient up to the GEMMs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._build import (
+    FLOATING,
+    ITEM_BYTES,
+    MAX_COLUMNS,
+    Array,
+    Module,
+    Source,
+    column_tiles,
+    cpp_type,
+    pack_width,
+    row_blocks,
+)
+
+_SOURCE = Source(
+    "linear_relu.cu",
+    *(
+        (
+            *(
+                f"tapegrad_{name}<{t}, {width}>"
+                for name in ("bias_relu", "linear_relu_grad")
+                for width in (1, 16 // ITEM_BYTES[t])
+            ),
+            f"tapegrad_sum_partials<{t}>",
+        )
+        for t in FLOATING
+    ),
+)
+
+# Of rows that a block adds up. So many rows go to one block a tile, saving the second launch
+# (1.3 us in a graph) and its wait; beyond them the rows are cut, for at most so many partial sums.
+_ROWS_OF_ONE_BLOCK = 256
+_MAX_CHUNKS = 256
+_MIN_ROWS_A_LANE = 8
+
+
+def linear_relu(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
+    """Return relu(x @ w + b), shape (n, o), or None for arrays the kernel was not written for.
+
+    x is (n, i), w (i, o), b (o,), of one floating dtype; x and w in any layout. relu(NaN) is NaN.
+    """
+    if x.ndim != 2 or w.ndim != 2 or b.ndim != 1 or not x.dtype == w.dtype == b.dtype:
+        return None
+    if x.shape[1] != w.shape[0] or w.shape[1:] != b.shape or 0 in (*x.shape, *w.shape):
+        return None
+    t = cpp_type(b)
+    rows, columns = x.shape[0], w.shape[1]
+    if t is None or columns > MAX_COLUMNS:
+        return None
+    y = xp.matmul(x, w, out=xp.empty((rows, columns), x.dtype))
+    width = pack_width(xp, t, columns, y, b)
+    tiles, block = column_tiles(columns // width)
+    _SOURCE.kernel(f"tapegrad_bias_relu<{t}, {width}>")(
+        (tiles, row_blocks(rows, tiles, block[1])),
+        block,
+        (y, b, np.int64(rows), np.int32(columns)),
+    )
+    return y
+
+
+def linear_relu_grad(xp: Module, g: Array, y: Array) -> tuple[Array, Array] | None:
+    """Return (gz, gb): g where y > 0 and exactly 0 elsewhere, and its sum over the rows.
+
+    g and y are (n, o), of one floating dtype, C-contiguous. Where y is NaN, gz is 0. The sum is
+    accumulated in float32 (float64 for float64), always in the same order.
+    """
+    if g.ndim != 2 or g.shape != y.shape:
+        return None
+    t = cpp_type(g, y)
+    rows, columns = g.shape
+    if t is None or columns > MAX_COLUMNS:
+        return None
+    gz, gb = xp.empty_like(g), xp.empty(columns, g.dtype)
+    width = pack_width(xp, t, columns, g, y, gz)
+    tiles, block = column_tiles(columns // width)
+    chunk = rows
+    if rows > _ROWS_OF_ONE_BLOCK:
+        chunk = max(block[1] * _MIN_ROWS_A_LANE, -(-rows // _MAX_CHUNKS))
+    chunks = -(-rows // chunk)
+    accumulator = xp.float64 if t == "double" else xp.float32
+    partial = xp.empty((chunks, columns), accumulator) if chunks > 1 else None
+    _SOURCE.kernel(f"tapegrad_linear_relu_grad<{t}, {width}>")(
+        (tiles, chunks),
+        block,
+        (g, y, gz, gb, partial, np.int64(rows), np.int32(columns), np.int64(chunk)),
+    )
+    if partial is not None:
+        tiles, block = column_tiles(columns)
+        _SOURCE.kernel(f"tapegrad_sum_partials<{t}>")(
+            (tiles,), block, (partial, gb, np.int32(chunks), np.int32(columns))
+        )
+    return gz, gb

@@ -1,0 +1,295 @@
+"""The only door to CuPy: which array module, moving arrays between the two, facts about the device.
+
+Operations run where their arrays are (`module_of`). The backend that a user chooses only says where
+*new* arrays are made: values given as Python numbers, lists or NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import types
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+# An array of either module. CuPy has no types to import where it is not installed.
+Array = Any
+Module = Any
+
+NAMES = ("auto", "numpy", "cupy")
+
+# CuPy's array class once CuPy is loaded. Until then every array is NumPy's, and no operation
+# pays for asking.
+cupy_ndarray: type | None = None
+numpy_alone = True  # no array is CuPy's, and no kernel is tried
+
+_cupy: types.ModuleType | None = None
+_setting: str | None = None  # of set_backend; None: the environment variable decides
+_auto: Module = None  # what "auto" came to, found once
+_kernels_enabled = os.environ.get("TAPEGRAD_KERNELS", "1") != "0"
+
+
+class _Override(threading.local):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_override = _Override()
+
+
+def _check_name(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Choose where new arrays are made, for all threads: `"auto"`, `"numpy"` or `"cupy"`.
+
+    Raises `ValueError` for another name, `RuntimeError` with the cause and the cure when CuPy is
+    asked for by name and cannot run here.
+
+    >>> import tapegrad as tg
+    >>> tg.set_backend("numpy")
+    """
+    global _setting
+    if _check_name(name, "set_backend(name)") == "cupy":
+        _require_cupy()
+    _setting = name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose where new arrays are made, for this thread, inside a `with` block.
+
+    Raises what `set_backend` raises.
+
+    >>> import tapegrad as tg
+    >>> with tg.backend("numpy"):
+    ...     x = tg.constant([1.0, 2.0])
+    """
+    if _check_name(name, "backend(name)") == "cupy":
+        _require_cupy()
+    _override.names.append(name)
+    try:
+        yield
+    finally:
+        _override.names.pop()
+
+
+def get_backend() -> str:
+    """Return where new arrays are made now: `"numpy"` or `"cupy"`.
+
+    >>> import tapegrad as tg
+    >>> with tg.backend("numpy"):
+    ...     tg.get_backend()
+    'numpy'
+    """
+    return name_of(default_module())
+
+
+def default_module() -> Module:
+    """Return the array module in which new arrays are made."""
+    if _override.names:
+        name = _override.names[-1]
+    elif _setting is not None:
+        name = _setting
+    else:
+        name = os.environ.get("TAPEGRAD_BACKEND", "auto")
+        _check_name(name, "the environment variable TAPEGRAD_BACKEND")
+    if name == "numpy":
+        return np
+    return _require_cupy() if name == "cupy" else _automatic()
+
+
+def _automatic() -> Module:
+    """Return CuPy where a usable GPU is, else NumPy; asked once, for it costs up to a second."""
+    global _auto
+    if _auto is None:
+        cupy, problem, installed = _usable_cupy()
+        if problem is not None and installed:
+            warnings.warn(
+                f"CuPy is installed but cannot be used ({problem}): tapegrad uses NumPy. "
+                'Call tapegrad.set_backend("numpy") or set TAPEGRAD_BACKEND=numpy to choose it '
+                "without this warning.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        _auto = np if cupy is None else cupy
+    return _auto
+
+
+def _usable_cupy() -> tuple[Module | None, str | None, bool]:
+    """Return (CuPy or None, why it cannot run, whether it is installed)."""
+    try:
+        import cupy
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+        return (
+            None,
+            "CuPy is not installed" if missing else f"importing it failed: {error}",
+            not (missing),
+        )
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return None, "no CUDA device was found", True
+        _load(cupy)
+        cupy.empty(1)  # a driver may be there, and yet too old for this CuPy
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}", True
+    return cupy, None, True
+
+
+def _require_cupy() -> Module:
+    cupy, problem, installed = _usable_cupy()
+    if cupy is None:
+        cure = (
+            "check the NVIDIA driver with nvidia-smi"
+            if installed
+            else 'install it with pip install "tapegrad[cuda13]" (or [cuda12])'
+        )
+        raise RuntimeError(
+            f'the backend "cupy" cannot be used: {problem}; {cure}, or use the backend "numpy"'
+        )
+    return cupy
+
+
+def _load(cupy: types.ModuleType) -> None:
+    global _cupy, cupy_ndarray, numpy_alone
+    _cupy, cupy_ndarray, numpy_alone = cupy, cupy.ndarray, False
+
+
+def is_array(value: object) -> bool:
+    """Tell whether `value` is an array of either module (NumPy's scalars are not)."""
+    if isinstance(value, np.ndarray):
+        return True
+    kind = type(value)
+    if kind.__name__ == "ndarray" and kind.__module__.split(".")[0] == "cupy":
+        if _cupy is None:  # the user imported CuPy, tapegrad has not yet needed it
+            import cupy
+
+            _load(cupy)
+        return True
+    return False
+
+
+def module_of(arrays: Iterable[Array]) -> Module:
+    """Return the module of `arrays`, which may hold Python numbers too.
+
+    Raises `TypeError` when some are NumPy's and some CuPy's.
+    """
+    if cupy_ndarray is None:
+        return np
+    found: Module = None
+    for array in arrays:
+        if isinstance(array, cupy_ndarray):
+            here = _cupy
+        elif isinstance(array, (np.ndarray, np.generic)):
+            here = np
+        else:
+            continue
+        if found is None:
+            found = here
+        elif found is not here:
+            raise TypeError(_describe_mixture(arrays))
+    return np if found is None else found
+
+
+def _describe_mixture(arrays: Iterable[Array]) -> str:
+    places = ", ".join(
+        f"argument {i} ({name_of(module_of([a]))}, shape {a.shape})"
+        for i, a in enumerate(arrays)
+        if hasattr(a, "shape")
+    )
+    return (
+        f"arguments are on different backends: {places}; nothing is copied silently: "
+        'make them on one backend, or move one with tapegrad.to_backend(x, "numpy" or "cupy")'
+    )
+
+
+def name_of(module: Module) -> str:
+    """Return a module's name as users write it."""
+    return "cupy" if module is _cupy and module is not None else "numpy"
+
+
+def module_named(name: str) -> Module:
+    """Return the module that a user's `name` stands for."""
+    if _check_name(name, "backend") == "numpy":
+        return np
+    return _require_cupy() if name == "cupy" else _automatic()
+
+
+def runs_kernels(xp: Module) -> bool:
+    """Tell whether primitives try their kernels on arrays of this module.
+
+    `TAPEGRAD_KERNELS=0` turns all of them off, for debugging and for benchmarks.
+    """
+    return _kernels_enabled and xp is not np
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """Return the values as a NumPy array of the caller's own."""
+    if _is_cupy(array):
+        return np.asarray(array.get())
+    return np.array(array)
+
+
+def to_module(array: Array, xp: Module) -> Array:
+    """Copy an array into memory of its own in the module `xp`."""
+    if xp is np:
+        return to_numpy(array)
+    return xp.array(array, copy=True)
+
+
+def owner_of(array: Array) -> Array:
+    """Return the array that owns the memory which `array` shows."""
+    while True:
+        base = array.base
+        if base is None or not hasattr(base, "base"):
+            return array
+        array = base
+
+
+def byte_bounds(array: Array) -> tuple[int, int]:
+    """Return the first address of the memory that `array` shows, and the one past its last."""
+    low = high = array.data.ptr if _is_cupy(array) else array.__array_interface__["data"][0]
+    if array.size == 0:
+        return low, low
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        reach = (length - 1) * stride
+        low, high = (low + reach, high) if stride < 0 else (low, high + reach)
+    return low, high + array.itemsize
+
+
+def _is_cupy(array: Array) -> bool:
+    return cupy_ndarray is not None and isinstance(array, cupy_ndarray)
+
+
+def scatter_add(xp: Module, values: Array, index: Array, rows: int) -> Array:
+    """Return an array of `rows` rows in which row index[i] is the sum of the values[i].
+
+    Deterministic on both backends: NumPy's `add.at` adds in order; CuPy's uses atomics, whose
+    order changes the last bits from run to run, so there equal indices are brought together by
+    a stable sort and summed by doubling strides (log2(n) passes, no atomics).
+    """
+    out = xp.zeros((rows, *values.shape[1:]), values.dtype)
+    if xp is np:
+        np.add.at(out, index, values)
+        return out
+    if index.size == 0:
+        return out
+    order = xp.argsort(index, kind="stable")
+    key, total = index[order], values[order]
+    column = (-1,) + (1,) * (values.ndim - 1)
+    step = 1
+    while step < key.size:
+        same = (key[step:] == key[:-step]).reshape(column)
+        total = xp.concatenate([total[:step], total[step:] + xp.where(same, total[:-step], 0)])
+        step *= 2
+    last = xp.concatenate([key[1:] != key[:-1], xp.ones(1, bool)])
+    out[key[last]] = total[last]
+    return out

@@ -1,0 +1,152 @@
+"""Nested structures: lists, tuples, named tuples, mappings and dataclasses of leaves.
+
+Whatever takes sources, targets or parameters takes structures, and answers in the same structure.
+Everything that is not a container is a leaf, `None` too. Mappings keep their insertion order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from typing import Any
+
+Path = tuple[str, ...]
+
+
+# Whether a type is a container, found once for each type: the question is asked of every leaf.
+_is_container_type: dict[type, bool] = {}
+
+
+def is_container(value: Any) -> bool:
+    """Tell whether `value` is a container whose leaves are meant, and not a leaf itself."""
+    kind = type(value)
+    known = _is_container_type.get(kind)
+    if known is None:
+        known = issubclass(kind, (list, tuple, Mapping, ValuesView))
+        known = _is_container_type[kind] = known or dataclasses.is_dataclass(kind)
+    return known
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (how the child is written, child) of a container."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield f"[{key!r}]", value[key]
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield f".{field.name}", getattr(value, field.name)
+    elif hasattr(value, "_fields"):
+        for name, child in zip(value._fields, value, strict=True):
+            yield f".{name}", child
+    else:
+        for i, child in enumerate(value):
+            yield f"[{i}]", child
+
+
+def flatten_with_paths(structure: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves with the way to each, as one would write it: `name['dense'][1]`."""
+    if not is_container(structure):
+        return [(name, structure)]
+    leaves: list[tuple[str, Any]] = []
+    for step, child in _items(structure):
+        leaves += flatten_with_paths(child, name + step)
+    return leaves
+
+
+def flatten(structure: Any) -> list[Any]:
+    """Return the leaves, in order."""
+    if not is_container(structure):
+        return [structure]
+    kind = type(structure)
+    children = structure if kind is list or kind is tuple else [c for _, c in _items(structure)]
+    leaves: list[Any] = []
+    for child in children:
+        if is_container(child):
+            leaves += flatten(child)
+        else:
+            leaves.append(child)
+    return leaves
+
+
+def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
+    """Return the structure with each leaf replaced by `function(leaf)`."""
+    if not is_container(structure):
+        return function(structure)
+    if type(structure) is list:
+        return [map_structure(function, child) for child in structure]
+    children = [map_structure(function, child) for _, child in _items(structure)]
+    return _rebuild(structure, children)
+
+
+def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
+    """Return the structure with its leaves replaced, in order, by `leaves`."""
+    replacement = iter(leaves)
+    return map_structure(lambda _: next(replacement), structure)
+
+
+def _rebuild(structure: Any, children: list[Any]) -> Any:
+    kind = type(structure)
+    if isinstance(structure, ValuesView):
+        return children
+    if isinstance(structure, defaultdict):
+        return kind(structure.default_factory, zip(structure, children, strict=True))
+    if isinstance(structure, Mapping):
+        return kind(zip(structure, children, strict=True))
+    if dataclasses.is_dataclass(structure):
+        names = [field.name for field in dataclasses.fields(structure)]
+        return kind(**dict(zip(names, children, strict=True)))
+    if hasattr(structure, "_fields"):
+        return kind(*children)
+    return kind(children)
+
+
+def leaves_where(structure: Any, other: Any, name: str, other_name: str) -> list[Any]:
+    """Return what `other` holds in the places where `structure` has its leaves.
+
+    Mappings are matched by key. Raises `ValueError` where the containers differ.
+    """
+    if not is_container(structure):
+        return [other]
+    pairs: list[tuple[str, Any, Any]] = []
+    if is_container(other) and isinstance(structure, Mapping) == isinstance(other, Mapping):
+        if isinstance(structure, Mapping):
+            if structure.keys() == other.keys():
+                pairs = [(f"[{key!r}]", structure[key], other[key]) for key in structure]
+        else:
+            mine, theirs = list(_items(structure)), list(_items(other))
+            if len(mine) == len(theirs):
+                pairs = [(step, a, b) for (step, a), (_, b) in zip(mine, theirs, strict=True)]
+    if not pairs and (
+        is_container(other) != is_container(structure) or _size(structure) or _size(other)
+    ):
+        raise ValueError(
+            f"{other_name} must have the structure of {name}: {name} is {_describe(structure)}, "
+            f"{other_name} is {_describe(other)}"
+        )
+    return [
+        leaf for step, a, b in pairs for leaf in leaves_where(a, b, name + step, other_name + step)
+    ]
+
+
+def _size(value: Any) -> int:
+    return sum(1 for _ in _items(value)) if is_container(value) else 1
+
+
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"a {kind} with keys {', '.join(map(repr, value))}"
+    return f"a {kind} of {_size(value)}" if is_container(value) else f"a {kind}"
+
+
+def refuse_unordered(value: Any, name: str) -> None:
+    """Raise `TypeError` for what looks like a collection and is not a structure."""
+    if is_container(value):
+        return
+    if isinstance(value, (set, frozenset, KeysView, Iterator)):
+        kind = "generator" if isinstance(value, Iterator) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a tensor, a variable or a list, tuple or dict of them, "
+            f"got a {kind}; wrap it in list(...)"
+        )

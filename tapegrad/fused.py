@@ -1,0 +1,330 @@
+"""The fused primitives of an MLP: meaning, rule and kernel together.
+
+A kernel is only a faster way to the values of the meaning beside it; the node and the rule are the
+same on both backends.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tapegrad._backend import Array, Module
+from tapegrad.kernels import elementwise as elementwise_kernels
+from tapegrad.kernels import linear_relu as linear_kernels
+from tapegrad.kernels import softmax_cross_entropy as loss_kernels
+from tapegrad.linear import broadcast_to as _broadcast_to
+from tapegrad.linear import permute as _permute
+from tapegrad.linear import reshape as _reshape
+from tapegrad.linear import sum_to as _sum_to
+from tapegrad.ops import elementwise as ew
+from tapegrad.ops import linear_algebra, reductions
+from tapegrad.primitive import MultiPrimitive, Primitive, multi_primitive, primitive
+from tapegrad.tensor import Tensor
+
+# ---- relu
+
+
+def _at_least_zero(xp: Module, x: Array, out: Array | None = None) -> Array:
+    # Against a row of zeros, not the number 0: NumPy is three times faster so.
+    zeros = xp.zeros(x.shape[-1:], x.dtype)
+    return xp.maximum(x, zeros) if out is None else xp.maximum(x, zeros, out=out)
+
+
+def _relu_grad_forward(xp: Module, g: Array, y: Array) -> Array:
+    gx = g * (y > 0)  # a product: np.where takes ten times as long
+    if xp is np and not ew._holds_nan(gx):
+        return gx
+    return xp.where(y > 0, g, gx.dtype.type(0))
+
+
+# g where y > 0, else 0, whatever g and y are (NaN and infinities too). Reads relu's output, so
+# that the input need not be kept.
+relu_grad: Primitive = primitive(
+    "relu_grad",
+    _relu_grad_forward,
+    lambda G, _gx, _g, y: relu_grad(G, y),
+    None,
+    kernel=elementwise_kernels.relu_grad,
+)
+relu: Primitive = primitive(
+    "relu",
+    lambda xp, x: _at_least_zero(xp, x),
+    lambda g, y, _x: relu_grad(g, y),
+)
+
+
+# ---- linear layers: x (n, i), w (i, o), b (o,)
+
+
+def _linear_forward(xp: Module, x: Array, w: Array, b: Array) -> Array:
+    y = xp.matmul(x, w)
+    if y.dtype == b.dtype:
+        y += b  # into the product's own memory
+        return y
+    return y + b
+
+
+def _linear_vjp(
+    needs: tuple[bool, ...], g: Tensor, _y: Any, x: Tensor, w: Tensor, _b: Any
+) -> tuple[Tensor | None, ...]:
+    return _linear_grads(needs, g, _sum_to(g, shape=_b.shape) if needs[2] else None, x, w)
+
+
+def _linear_grads(
+    needs: tuple[bool, ...], gz: Tensor, gb: Tensor | None, x: Tensor, w: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, w and b from that of the product."""
+    matmul = linear_algebra._matmul
+    return (
+        matmul(gz, _permute(w, axes=(1, 0))) if needs[0] else None,
+        matmul(_permute(x, axes=(1, 0)), gz) if needs[1] else None,
+        gb,
+    )
+
+
+linear: Primitive = primitive("linear", _linear_forward, joint_vjp=_linear_vjp)
+
+
+def _linear_relu_forward(xp: Module, x: Array, w: Array, b: Array) -> Array:
+    z = _linear_forward(xp, x, w, b)
+    return _at_least_zero(xp, z, out=z)
+
+
+def _linear_relu_vjp(
+    needs: tuple[bool, ...], g: Tensor, y: Tensor, x: Tensor, w: Tensor, _b: Any
+) -> tuple[Tensor | None, ...]:
+    gz, gb = linear_relu_grad(g, y)
+    return _linear_grads(needs, gz, gb if needs[2] else None, x, w)
+
+
+linear_relu: Primitive = primitive(
+    "linear_relu",
+    _linear_relu_forward,
+    joint_vjp=_linear_relu_vjp,
+    kernel=linear_kernels.linear_relu,
+)
+
+
+def _linear_relu_grad_forward(xp: Module, g: Array, y: Array) -> tuple[Array, Array]:
+    gz = _relu_grad_forward(xp, g, y)
+    return gz, _sum_to.forward(xp, gz, shape=gz.shape[1:])
+
+
+def _linear_relu_grad_vjp(
+    needs: tuple[bool, ...], G: tuple[Tensor | None, Tensor | None], _out: Any, _g: Any, y: Tensor
+) -> tuple[Tensor | None, None]:
+    of_gz, of_gb = G
+    total = of_gz if of_gb is None else of_gb if of_gz is None else ew.add(of_gz, of_gb)
+    if total is None or not needs[0]:
+        return None, None
+    if total.shape != y.shape:
+        total = _broadcast_to(total, shape=y.shape)
+    return relu_grad(total, y), None
+
+
+# From relu's upstream gradient and output: the gradient of the sum before it, and of the bias.
+linear_relu_grad: MultiPrimitive = multi_primitive(
+    "linear_relu_grad",
+    _linear_relu_grad_forward,
+    joint_vjp=_linear_relu_grad_vjp,
+    kernel=linear_kernels.linear_relu_grad,
+)
+
+
+# ---- softmax
+
+
+def _softmax_forward(xp: Module, x: Array, *, axis: int) -> Array:
+    y = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
+    y /= xp.sum(y, axis=axis, keepdims=True)
+    return y
+
+
+softmax: Primitive = primitive(
+    "softmax",
+    _softmax_forward,
+    lambda g, y, _x, *, axis: ew.multiply(
+        y, ew.subtract(g, reductions.sum(ew.multiply(g, y), axis=axis, keepdims=True))
+    ),
+)
+
+
+def _log_softmax_forward(xp: Module, x: Array, *, axis: int) -> Array:
+    shifted = x - xp.max(x, axis=axis, keepdims=True)
+    shifted -= xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))
+    return shifted
+
+
+log_softmax: Primitive = primitive(
+    "log_softmax",
+    _log_softmax_forward,
+    lambda g, y, _x, *, axis: ew.subtract(
+        g, ew.multiply(ew.exp(y), reductions.sum(g, axis=axis, keepdims=True))
+    ),
+)
+
+
+# ---- softmax cross-entropy: logits (n, c); the loss of each row, and its gradient
+
+
+def _shifted(xp: Module, logits: Array) -> tuple[Array, Array, Array]:
+    """Return x - max(x), exp of that, and the sums of the latter, (n, 1)."""
+    top = xp.max(logits, axis=1, keepdims=True)
+    top = xp.where(top == -math.inf, top.dtype.type(0), top)  # all masked: log(0), not NaN
+    shifted = logits - top
+    exponentials = xp.exp(shifted)
+    return shifted, exponentials, xp.sum(exponentials, axis=1, keepdims=True)
+
+
+def _label_loss(
+    xp: Module,
+    logits: Array,
+    labels: Array,
+    *,
+    label_smoothing: float,
+    ignore_label: int | None,
+    with_grad: bool,
+) -> tuple[Array, Array | None]:
+    n, classes = logits.shape
+    used = xp.ones(n, bool) if ignore_label is None else labels != ignore_label
+    known = (labels >= 0) & (labels < classes)
+    if xp is np and not (known | ~used).all():
+        wrong = labels[used & ~known][0]
+        raise ValueError(f"labels must be from 0 to {classes - 1}, got {wrong}")
+    rows = xp.arange(n)
+    column = xp.where(known & used, labels, 0)
+    s = label_smoothing
+    shifted, p, total = _shifted(xp, logits)
+    with np.errstate(divide="ignore"):  # log(0) for a row that is masked whole
+        log_total = xp.log(total)[:, 0]
+    loss = log_total - (1 - s) * shifted[rows, column]
+    if s:
+        loss = loss - s / classes * xp.sum(shifted, axis=1)
+    # On a GPU a wrong label is seen only here: its row has the loss NaN and no gradient.
+    zero, nan = loss.dtype.type(0), loss.dtype.type(math.nan)
+    loss = xp.where(used, xp.where(known, loss, nan), zero)
+    if not with_grad:
+        return loss, None
+    p /= total
+    if s:
+        p -= p.dtype.type(s / classes)
+    p[rows, column] -= p.dtype.type(1 - s)
+    counted = used & known
+    if not (xp is np and counted.all()):
+        p = xp.where(counted[:, None], p, zero)
+    return loss, p
+
+
+def _label_hessian(logits: Tensor, labels: Tensor, G: Tensor, ignore_label: int | None) -> Tensor:
+    """Return the Hessian of each row's loss times G: p * (G - sum(p * G)), 0 for ignored rows."""
+    p = softmax(logits, axis=1)
+    product = ew.multiply(
+        p, ew.subtract(G, reductions.sum(ew.multiply(p, G), axis=1, keepdims=True))
+    )
+    classes = logits.shape[1]
+    counted = ew.logical_and(ew.greater_equal(labels, 0), ew.less(labels, classes))
+    if ignore_label is not None:
+        counted = ew.logical_and(counted, ew.not_equal(labels, ignore_label))
+    return ew.where(_reshape(counted, shape=(*counted.shape, 1)), product, 0)
+
+
+def _label_vjp(
+    needs: tuple[bool, ...],
+    g: tuple[Tensor | None, Tensor | None],
+    y: tuple[Tensor, Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    ignore_label: int | None,
+) -> tuple[Tensor | None, None]:
+    of_loss, of_gradient = g
+    total = None
+    if of_loss is not None:
+        total = ew.multiply(_reshape(of_loss, shape=(*of_loss.shape, 1)), y[1])
+    if of_gradient is not None:
+        part = _label_hessian(logits, labels, of_gradient, ignore_label)
+        total = part if total is None else ew.add(total, part)
+    return total, None
+
+
+# The loss alone, for evaluation: nothing of it is differentiated.
+label_cross_entropy: Primitive = primitive(
+    "label_cross_entropy",
+    lambda xp, logits, labels, **options: _label_loss(
+        xp, logits, labels, **options, with_grad=False
+    )[0],
+    None,
+    None,
+    kernel=loss_kernels.softmax_cross_entropy,
+)
+# The loss and, of the same exponentials, its gradient for the logits: an output of its own, with
+# its own rule, so that the reverse pass has only to scale it.
+label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
+    "label_cross_entropy_with_grad",
+    lambda xp, logits, labels, **options: _label_loss(
+        xp, logits, labels, **options, with_grad=True
+    ),
+    joint_vjp=_label_vjp,
+    kernel=loss_kernels.softmax_cross_entropy_with_grad,
+)
+
+
+def _probability_loss(
+    xp: Module, logits: Array, targets: Array, *, with_grad: bool
+) -> tuple[Array, Array | None]:
+    shifted, p, total = _shifted(xp, logits)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = targets * (xp.log(total) - shifted)
+        # A target of 0 counts nothing, also where the logit is -inf.
+        terms = xp.where(targets == 0, terms.dtype.type(0), terms)
+    loss = xp.sum(terms, axis=1)
+    if not with_grad:
+        return loss, None
+    return loss, p * (xp.sum(targets, axis=1, keepdims=True) / total) - targets
+
+
+def _probability_vjp(
+    needs: tuple[bool, ...],
+    g: tuple[Tensor | None, Tensor | None],
+    y: tuple[Tensor, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    of_loss, of_gradient = g
+    of_logits = of_targets = None
+    if of_loss is not None:
+        column = _reshape(of_loss, shape=(*of_loss.shape, 1))
+        if needs[0]:
+            of_logits = ew.multiply(column, y[1])
+        if needs[1]:
+            of_targets = ew.negative(ew.scale(column, log_softmax(logits, axis=1)))
+    if of_gradient is not None:
+        p = softmax(logits, axis=1)
+        inner = reductions.sum(ew.multiply(p, of_gradient), axis=1, keepdims=True)
+        if needs[0]:
+            weight = reductions.sum(targets, axis=1, keepdims=True)
+            part = ew.multiply(weight, ew.multiply(p, ew.subtract(of_gradient, inner)))
+            of_logits = part if of_logits is None else ew.add(of_logits, part)
+        if needs[1]:
+            part = ew.subtract(inner, of_gradient)
+            of_targets = part if of_targets is None else ew.add(of_targets, part)
+    return of_logits, of_targets
+
+
+probability_cross_entropy: Primitive = primitive(
+    "probability_cross_entropy",
+    lambda xp, logits, targets: _probability_loss(xp, logits, targets, with_grad=False)[0],
+    None,
+    None,
+    kernel=loss_kernels.probability_cross_entropy,
+)
+probability_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
+    "probability_cross_entropy_with_grad",
+    lambda xp, logits, targets: _probability_loss(xp, logits, targets, with_grad=True),
+    joint_vjp=_probability_vjp,
+    kernel=loss_kernels.probability_cross_entropy_with_grad,
+)

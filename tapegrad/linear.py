@@ -1,0 +1,114 @@
+"""The linear primitives under everything else: what the reverse pass itself calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tapegrad._backend import Array, Module
+from tapegrad.primitive import Primitive, primitive
+from tapegrad.tensor import Tensor
+
+# Here as everywhere: x, y are an operation's input and output, g the upstream gradient. The tape
+# undoes broadcasting and promotion, so a rule may answer g for an input that was spread or cast.
+
+add: Primitive = primitive(
+    "add",
+    lambda xp, x1, x2: x1 + x2,
+    lambda g, _y, _x1, _x2: g,
+    lambda g, _y, _x1, _x2: g,
+)
+
+
+def _sum_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
+    lead = x.ndim - len(shape)
+    stretched = [i for i, length in enumerate(x.shape) if i < lead or shape[i - lead] != length]
+    if stretched == [0] and x.ndim == 2 and xp is np and x.dtype.char in "fd":
+        # The gradient of a bias: a product with ones is twice as fast as the sum over rows.
+        return np.dot(np.ones(x.shape[0], x.dtype), x).reshape(shape)
+    return x.sum(axis=tuple(stretched), dtype=x.dtype).reshape(shape)
+
+
+sum_to: Primitive = primitive(
+    "sum_to",
+    _sum_to,
+    lambda g, _y, _x, *, shape: broadcast_to(g, shape=_x.shape),
+)
+
+broadcast_to: Primitive = primitive(
+    "broadcast_to",
+    lambda xp, x, *, shape: xp.broadcast_to(x, shape),
+    lambda g, _y, _x, *, shape: g,
+)
+
+cast: Primitive = primitive(
+    "cast",
+    lambda xp, x, *, dtype: x.astype(dtype),
+    lambda g, _y, _x, *, dtype: g,
+)
+
+reshape: Primitive = primitive(
+    "reshape",
+    lambda xp, x, *, shape: x.reshape(shape),
+    lambda g, _y, _x, *, shape: reshape(g, shape=_x.shape),
+)
+
+permute: Primitive = primitive(
+    "permute",
+    lambda xp, x, *, axes: x.transpose(axes),
+    lambda g, _y, _x, *, axes: permute(
+        g, axes=tuple(sorted(range(len(axes)), key=axes.__getitem__))
+    ),
+)
+
+# Rows: stack puts equal shapes along a new first axis, row takes one out, and place_row puts one
+# back among zeros. Each is the others' derivative.
+
+
+def _place_row(xp: Module, x: Array, *, index: int, count: int) -> Array:
+    out = xp.zeros((count, *x.shape), x.dtype)
+    out[index] = x
+    return out
+
+
+stack: Primitive = primitive(
+    "stack",
+    lambda xp, *xs: xp.stack(xs),
+    joint_vjp=lambda needs, g, _y, *_xs: tuple(
+        row(g, index=i) if needed else None for i, needed in enumerate(needs)
+    ),
+)
+row: Primitive = primitive(
+    "row",
+    lambda xp, x, *, index: x[index],
+    lambda g, _y, _x, *, index: place_row(g, index=index, count=_x.shape[0]),
+)
+place_row: Primitive = primitive(
+    "place_row",
+    _place_row,
+    lambda g, _y, _x, *, index, count: row(g, index=index),
+)
+
+
+def _filled_like(value: int) -> Any:
+    def forward(xp: Module, x: Array) -> Array:
+        if xp is np and x.ndim == 0:  # a NumPy scalar: operators on it cost a tenth of a 0-d array
+            return x.dtype.type(value)
+        return xp.full(x.shape, value, x.dtype)
+
+    return forward
+
+
+ones_like: Primitive = primitive("ones_like", _filled_like(1), None)
+zeros_like: Primitive = primitive("zeros_like", _filled_like(0), None)
+
+
+def fit(g: Tensor, shape: tuple[int, ...], dtype: Any) -> Tensor:
+    """Undo broadcasting and promotion: bring a gradient to its source's shape and dtype."""
+    array = g._array
+    if array.shape != shape:
+        g = sum_to(g, shape=shape)
+    if array.dtype != dtype:
+        g = cast(g, dtype=dtype)
+    return g

@@ -1,0 +1,398 @@
+"""What layers are made of: activations, dropout, linear maps, cross-entropies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tapegrad import fused
+from tapegrad._backend import Array, Module
+from tapegrad.linear import reshape as _reshape
+from tapegrad.ops import elementwise as ew
+from tapegrad.ops import indexing, linear_algebra, reductions
+from tapegrad.ops.arguments import as_tensor, normalize_axis
+from tapegrad.primitive import Primitive, is_recording, primitive
+from tapegrad.random import Generator, default_generator
+from tapegrad.tensor import ArrayLike, Tensor
+
+# ---- activations
+
+
+def relu(x: ArrayLike, /) -> Tensor:
+    """Return max(x, 0), NaN for NaN; the derivative at 0 is 0.
+
+    >>> print(tg.nn.relu([-1.0, 2.0]))
+    tg.Tensor([0. 2.], shape=(2,), dtype=float32)
+    """
+    return fused.relu(x)
+
+
+def relu6(x: ArrayLike, /) -> Tensor:
+    """Return min(max(x, 0), 6); the derivative at 0 and at 6 is 0.
+
+    >>> print(tg.nn.relu6([-1.0, 2.0, 9.0]))
+    tg.Tensor([0. 2. 6.], shape=(3,), dtype=float32)
+    """
+    y = fused.relu(x)
+    return ew.where(ew.greater_equal(y, 6), 6, y)
+
+
+def leaky_relu(x: ArrayLike, /, alpha: float = 0.2) -> Tensor:
+    """Return x where x > 0, else alpha * x; the derivative at 0 is alpha.
+
+    >>> print(tg.nn.leaky_relu([-1.0, 2.0]))
+    tg.Tensor([-0.2  2. ], shape=(2,), dtype=float32)
+    """
+    x = as_tensor(x)
+    return ew.where(ew.greater(x, 0), x, ew.multiply(x, alpha))
+
+
+def elu(x: ArrayLike, /, alpha: float = 1.0) -> Tensor:
+    """Return x where x >= 0, else alpha * (exp(x) - 1); the derivative at 0 is 1.
+
+    >>> print(tg.nn.elu([0.0, 2.0]))
+    tg.Tensor([0. 2.], shape=(2,), dtype=float32)
+    """
+    x = as_tensor(x)
+    # exp is given negative numbers only: it would overflow for the large ones that are not taken
+    below = ew.expm1(ew.minimum(x, 0))
+    return ew.where(ew.greater_equal(x, 0), x, ew.multiply(below, alpha))
+
+
+# G. Klambauer et al., "Self-normalizing neural networks" (2017), equation 14.
+_SELU_ALPHA = 1.6732632423543772
+_SELU_SCALE = 1.0507009873554805
+
+
+def selu(x: ArrayLike, /) -> Tensor:
+    """Return 1.0507 * elu(x, alpha=1.67326), which keeps mean 0 and variance 1 (Klambauer 2017).
+
+    The derivative at 0 is 1.0507.
+
+    >>> print(tg.nn.selu([0.0, 1.0]))
+    tg.Tensor([0.       1.050701], shape=(2,), dtype=float32)
+    """
+    return ew.multiply(elu(x, _SELU_ALPHA), _SELU_SCALE)
+
+
+def gelu(x: ArrayLike, /, approximate: bool = False) -> Tensor:
+    """Return x * P(X <= x) for a standard normal X (Hendrycks and Gimpel, 2016).
+
+    approximate  whether to compute 0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x**3))).
+
+    >>> print(tg.nn.gelu([0.0, 10.0]))
+    tg.Tensor([ 0. 10.], shape=(2,), dtype=float32)
+    """
+    x = as_tensor(x)
+    if approximate:
+        cubic = ew.add(x, ew.multiply(ew.power(x, 3), 0.044715))
+        share = ew.tanh(ew.multiply(cubic, math.sqrt(2 / math.pi)))
+    else:
+        share = ew.erf(ew.divide(x, math.sqrt(2)))
+    return ew.multiply(ew.multiply(x, 0.5), ew.add(share, 1))
+
+
+def _sigmoid_forward(xp: Module, x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(1000) is inf, and 1 / inf the right answer
+        return 1 / (1 + xp.exp(-x))
+
+
+_sigmoid: Primitive = primitive(
+    "sigmoid",
+    _sigmoid_forward,
+    lambda g, y, _x: ew.scale(g, ew.multiply(y, ew.subtract(1, y))),
+)
+_softplus: Primitive = primitive(
+    "softplus",
+    lambda xp, x: xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x))),
+    lambda g, _y, x: ew.scale(g, _sigmoid(x)),
+)
+
+
+def sigmoid(x: ArrayLike, /) -> Tensor:
+    """Return 1 / (1 + exp(-x)), element by element, without overflow.
+
+    >>> print(tg.nn.sigmoid([-1000.0, 0.0]))
+    tg.Tensor([0.  0.5], shape=(2,), dtype=float32)
+    """
+    return _sigmoid(x)
+
+
+def log_sigmoid(x: ArrayLike, /) -> Tensor:
+    """Return log(sigmoid(x)) = -softplus(-x), accurate for large negative x.
+
+    >>> print(tg.nn.log_sigmoid([-1000.0]))
+    tg.Tensor([-1000.], shape=(1,), dtype=float32)
+    """
+    return ew.negative(_softplus(ew.negative(x)))
+
+
+def silu(x: ArrayLike, /) -> Tensor:
+    """Return x * sigmoid(x), also called swish.
+
+    >>> print(tg.nn.silu([0.0]))
+    tg.Tensor([0.], shape=(1,), dtype=float32)
+    """
+    x = as_tensor(x)
+    return ew.multiply(x, _sigmoid(x))
+
+
+def tanh(x: ArrayLike, /) -> Tensor:
+    """Return the hyperbolic tangent of each element.
+
+    >>> print(tg.nn.tanh([0.0]))
+    tg.Tensor([0.], shape=(1,), dtype=float32)
+    """
+    return ew.tanh(x)
+
+
+def softplus(x: ArrayLike, /) -> Tensor:
+    """Return log(1 + exp(x)), without overflow; the derivative is sigmoid(x).
+
+    >>> print(tg.nn.softplus([1000.0]))
+    tg.Tensor([1000.], shape=(1,), dtype=float32)
+    """
+    return _softplus(x)
+
+
+def softsign(x: ArrayLike, /) -> Tensor:
+    """Return x / (1 + abs(x)); the derivative is 1 / (1 + abs(x))**2.
+
+    >>> print(tg.nn.softsign([1.0]))
+    tg.Tensor([0.5], shape=(1,), dtype=float32)
+    """
+    x = as_tensor(x)
+    return ew.divide(x, ew.add(ew.abs(x), 1))
+
+
+def softmax(x: ArrayLike, /, axis: int = -1) -> Tensor:
+    """Return exp(x) / sum(exp(x)) along an axis, without overflow; -inf gives 0.
+
+    Raises `ValueError` for an axis that x does not have.
+
+    >>> print(tg.nn.softmax([1.0, 1.0]))
+    tg.Tensor([0.5 0.5], shape=(2,), dtype=float32)
+    """
+    x = as_tensor(x)
+    return fused.softmax(x, axis=normalize_axis("softmax", axis, x.ndim))
+
+
+def log_softmax(x: ArrayLike, /, axis: int = -1) -> Tensor:
+    """Return x - logsumexp(x) along an axis, without overflow.
+
+    Raises `ValueError` for an axis that x does not have.
+
+    >>> print(tg.nn.log_softmax([1000.0, 0.0]))
+    tg.Tensor([    0. -1000.], shape=(2,), dtype=float32)
+    """
+    x = as_tensor(x)
+    return fused.log_softmax(x, axis=normalize_axis("log_softmax", axis, x.ndim))
+
+
+def dropout(x: ArrayLike, /, rate: float, *, generator: Generator | None = None) -> Tensor:
+    """Return x with each element set to 0 with probability `rate`, the others divided by 1 - rate.
+
+    generator  the stream of random numbers; None draws from the common one (`tg.random.seed`).
+
+    Raises `ValueError` for a rate outside 0 <= rate < 1.
+
+    >>> print(tg.nn.dropout([1.0, 2.0], 0.0))
+    tg.Tensor([1. 2.], shape=(2,), dtype=float32)
+    """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"[dropout] rate must be at least 0 and below 1, got {rate!r}")
+    x = as_tensor(x)
+    if rate == 0.0:
+        return ew.positive(x)
+    stream = default_generator() if generator is None else generator
+    kept = ew.astype(stream.mask(x.shape, 1.0 - rate), x.dtype)
+    return ew.multiply(x, ew.divide(kept, 1.0 - rate))
+
+
+# ---- linear maps
+
+
+def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, /) -> Tensor:
+    """Return x @ weight + bias, fused.
+
+    x (..., i), weight (i, o), bias (o,) or None; the result is (..., o). Raises `ValueError` for
+    shapes that do not fit.
+
+    >>> print(tg.nn.linear([[1.0, 2.0]], [[1.0], [1.0]], [0.5]))
+    tg.Tensor([[3.5]], shape=(1, 1), dtype=float32)
+    """
+    return _linear("linear", fused.linear, x, weight, bias)
+
+
+def linear_relu(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, /) -> Tensor:
+    """Return relu(x @ weight + bias), fused; arguments and errors as for `linear`.
+
+    >>> print(tg.nn.linear_relu([[1.0, 2.0]], [[1.0], [-1.0]], [0.5]))
+    tg.Tensor([[0.]], shape=(1, 1), dtype=float32)
+    """
+    return _linear("linear_relu", fused.linear_relu, x, weight, bias)
+
+
+def _linear(name: str, fusion: Any, x: Any, weight: Any, bias: Any) -> Tensor:
+    x, weight = as_tensor(x), as_tensor(weight)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"[{name}] x must be (..., i) and weight (i, o), got shapes {x.shape}, {weight.shape}"
+        )
+    rows = x if x.ndim == 2 else _reshape(x, shape=(x.size // x.shape[-1], x.shape[-1]))
+    if bias is None:
+        y = linear_algebra.matmul(rows, weight)
+        y = relu(y) if fusion is fused.linear_relu else y
+    else:
+        bias = as_tensor(bias)
+        if bias.shape != weight.shape[1:]:
+            raise ValueError(
+                f"[{name}] bias must have shape {weight.shape[1:]} to go with weight "
+                f"{weight.shape}, got {bias.shape}"
+            )
+        y = fusion(rows, weight, bias)
+    return y if x.ndim == 2 else _reshape(y, shape=(*x.shape[:-1], weight.shape[1]))
+
+
+# ---- cross-entropies
+
+
+def _reduced(name: str, losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Reduce the losses of examples: the mean is by the sum of their weights."""
+    if reduction == "none":
+        return losses
+    total = reductions.sum(losses)
+    if reduction == "sum":
+        return total
+    if reduction != "mean":
+        raise ValueError(f"[{name}] reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    return ew.divide(total, losses.size if weight is None else reductions.sum(weight))
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    /,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_label: int | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the cross-entropy between targets and softmax(logits), fused with its gradient.
+
+    logits           (..., classes).
+    labels           integers (...,), or probabilities (..., classes) of a floating type.
+    label_smoothing  s: the target is (1 - s) * target + s / classes.
+    ignore_label     examples with this integer label count nothing, in the mean's divisor neither.
+    class_weights    (classes,): each class's term, -target * log(p), is multiplied by its weight.
+    reduction        `"mean"` (by the number of examples; with class weights and integer labels by
+                     the sum of the labels' weights), `"sum"` or `"none"`, one loss an example.
+
+    The loss is sum_c w_c t_c (logsumexp(x) - x_c), where a term of target 0 counts 0 even if its
+    logit is -inf. Raises `ValueError` for shapes that do not fit and labels out of range, which on
+    a GPU instead give a NaN loss.
+
+    >>> print(tg.nn.softmax_cross_entropy([[0.0, 0.0]], [1]))
+    tg.Tensor(0.6931472, shape=(), dtype=float32)
+    """
+    x, t = as_tensor(logits), as_tensor(labels)
+    if x.ndim < 1 or x.dtype.kind not in "fV":
+        raise TypeError(
+            f"[softmax_cross_entropy] logits must be floating, (..., classes), got "
+            f"{x.dtype} of shape {x.shape}"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(
+            f"[softmax_cross_entropy] label_smoothing must be from 0 to 1, got {label_smoothing!r}"
+        )
+    classes = x.shape[-1]
+    weights = None if class_weights is None else ew.astype(as_tensor(class_weights), x.dtype)
+    if weights is not None and weights.shape != (classes,):
+        raise ValueError(
+            f"[softmax_cross_entropy] class_weights must have shape ({classes},), "
+            f"got {weights.shape}"
+        )
+    integers = t.dtype.kind in "iu"
+    expected = x.shape[:-1] if integers else x.shape
+    if t.shape != expected or t.dtype.kind == "b":
+        raise ValueError(
+            f"[softmax_cross_entropy] labels must be integers of shape {x.shape[:-1]} or "
+            f"probabilities of shape {x.shape}, got {t.dtype} of shape {t.shape}"
+        )
+    n = math.prod(x.shape[:-1])
+    rows = x if x.ndim == 2 else _reshape(x, shape=(n, classes))
+    if integers:
+        flat = t if t.ndim == 1 else _reshape(t, shape=(n,))
+        losses, weight = _from_labels(rows, flat, label_smoothing, ignore_label, weights)
+    else:
+        if ignore_label is not None:
+            raise ValueError("[softmax_cross_entropy] ignore_label goes with integer labels")
+        flat = t if t.ndim == 2 else _reshape(t, shape=(n, classes))
+        flat = ew.astype(flat, x.dtype, copy=False)
+        losses, weight = _from_targets(rows, flat, label_smoothing, weights), None
+    if x.ndim != 2 and reduction == "none":
+        losses = _reshape(losses, shape=x.shape[:-1])
+    return _reduced("softmax_cross_entropy", losses, weight, reduction)
+
+
+def _from_labels(
+    rows: Tensor, labels: Tensor, smoothing: float, ignore: int | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return each row's loss, and what each row counts in a mean (None: one)."""
+    counted = None if ignore is None else ew.astype(ew.not_equal(labels, ignore), rows.dtype)
+    if weights is None:
+        options = {"label_smoothing": float(smoothing), "ignore_label": ignore}
+        if is_recording(rows):
+            losses, _ = fused.label_cross_entropy_with_grad(rows, labels, **options)
+        else:
+            losses = fused.label_cross_entropy(rows, labels, **options)
+        return losses, counted
+    safe = labels if ignore is None else ew.where(ew.equal(labels, ignore), 0, labels)
+    weight = indexing.take(weights, safe)
+    if counted is not None:
+        weight = ew.multiply(weight, counted)
+    if smoothing:  # every class has a term, each with its own weight
+        target = indexing.one_hot(safe, rows.shape[1], dtype=rows.dtype)
+        losses = _from_targets(rows, target, smoothing, weights)
+        return (losses if counted is None else ew.multiply(losses, counted)), weight
+    losses, _ = _from_labels(rows, labels, 0.0, ignore, None)
+    return ew.multiply(losses, weight), weight
+
+
+def _from_targets(
+    rows: Tensor, targets: Tensor, smoothing: float, weights: Tensor | None
+) -> Tensor:
+    if smoothing:
+        targets = ew.add(ew.multiply(targets, 1.0 - smoothing), smoothing / rows.shape[1])
+    if weights is not None:
+        targets = ew.multiply(targets, weights)
+    if is_recording(rows, targets):
+        return fused.probability_cross_entropy_with_grad(rows, targets)[0]
+    return fused.probability_cross_entropy(rows, targets)
+
+
+def sigmoid_cross_entropy(
+    logits: ArrayLike, targets: ArrayLike, /, *, reduction: str = "mean"
+) -> Tensor:
+    """Return the binary cross-entropy between targets and sigmoid(logits), element by element.
+
+    logits, targets  of one shape; targets are probabilities from 0 to 1, or 0 and 1.
+    reduction        `"mean"` over all elements, `"sum"` or `"none"`.
+
+    The loss is softplus(x) - x * t, which overflows nowhere; its derivative is sigmoid(x) - t.
+    Raises `ValueError` for unequal shapes.
+
+    >>> print(tg.nn.sigmoid_cross_entropy([0.0], [1.0]))
+    tg.Tensor(0.6931472, shape=(), dtype=float32)
+    """
+    x, t = as_tensor(logits), as_tensor(targets)
+    if x.shape != t.shape:
+        raise ValueError(
+            f"[sigmoid_cross_entropy] logits and targets must have one shape, "
+            f"got {x.shape} and {t.shape}"
+        )
+    losses = ew.subtract(_softplus(x), ew.multiply(x, ew.astype(t, x.dtype)))
+    return _reduced("sigmoid_cross_entropy", losses, None, reduction)

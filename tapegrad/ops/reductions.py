@@ -1,0 +1,324 @@
+"""Reductions: sums, means, norms, extremes, log-sum-exp, truth and places."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tapegrad._backend import Array, Module
+from tapegrad.linear import broadcast_to as _broadcast_to
+from tapegrad.linear import reshape as _reshape
+from tapegrad.ops import elementwise as ew
+from tapegrad.ops.arguments import as_tensor, normalize_axes, normalize_axis
+from tapegrad.primitive import Primitive, primitive
+from tapegrad.tensor import ArrayLike, Tensor
+
+Axis = int | tuple[int, ...] | None
+
+
+def kept_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape after a reduction that keeps the reduced axes with length 1."""
+    return tuple(1 if i in axes else length for i, length in enumerate(shape))
+
+
+def spread(g: Tensor, x: Any, axes: tuple[int, ...]) -> Tensor:
+    """Give every reduced element its result's gradient."""
+    kept = kept_shape(x.shape, axes)
+    if g.shape != kept:
+        g = _reshape(g, shape=kept)
+    return g if kept == x.shape else _broadcast_to(g, shape=x.shape)
+
+
+# ---- sums and what is made of them
+
+_sum: Primitive = primitive(
+    "sum",
+    lambda xp, x, *, axis, keepdims, dtype: xp.sum(x, axis=axis, keepdims=keepdims, dtype=dtype),
+    lambda g, _y, _x, *, axis, keepdims, dtype: spread(g, _x, axis),
+)
+
+
+def sum(x: ArrayLike, /, axis: Axis = None, *, dtype: Any = None, keepdims: bool = False) -> Tensor:
+    """Return the sum over the given axes, over all of them for None.
+
+    axis      an axis or several; negative ones count from the end.
+    dtype     of the result; None keeps a floating type and widens integers, as NumPy does.
+    keepdims  whether the reduced axes stay, with length 1.
+
+    Raises `ValueError` for an axis that x does not have.
+
+    >>> print(tg.sum([[1.0, 2.0], [3.0, 4.0]], axis=0))
+    tg.Tensor([4. 6.], shape=(2,), dtype=float32)
+    """
+    x = as_tensor(x)
+    return _sum(x, axis=normalize_axes("sum", axis, x.ndim), keepdims=keepdims, dtype=dtype)
+
+
+def count(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return math.prod(shape[i] for i in axes)
+
+
+def mean(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
+    """Return the mean over the given axes, over all of them for None; NaN where there is nothing.
+
+    Arguments and errors are those of `sum`. Integers give float64, as in NumPy.
+
+    >>> print(tg.mean([1.0, 2.0, 6.0]))
+    tg.Tensor(3.0, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    axes = normalize_axes("mean", axis, x.ndim)
+    # The sum of float16 passes its largest number, 65504, soon: it is taken in float32.
+    wide = np.dtype(np.float32) if x.dtype == np.float16 else None
+    y = ew.divide(_sum(x, axis=axes, keepdims=keepdims, dtype=wide), count(x.shape, axes))
+    return y if wide is None else ew.astype(y, x.dtype)
+
+
+def var(
+    x: ArrayLike, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool = False
+) -> Tensor:
+    """Return the variance: the sum of squared deviations from the mean, by n - correction.
+
+    Other arguments and errors are those of `sum`.
+
+    >>> print(tg.var([1.0, 3.0]))
+    tg.Tensor(1.0, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    axes = normalize_axes("var", axis, x.ndim)
+    deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
+    total = sum(ew.square(deviation), axis=axes, keepdims=keepdims)
+    return ew.divide(total, count(x.shape, axes) - correction)
+
+
+def std(
+    x: ArrayLike, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool = False
+) -> Tensor:
+    """Return the standard deviation, the square root of `var`; the gradient is 0 where it is 0.
+
+    Arguments and errors are those of `var`.
+
+    >>> print(tg.std([1.0, 3.0]))
+    tg.Tensor(1.0, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    axes = normalize_axes("std", axis, x.ndim)
+    deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
+    divisor = count(x.shape, axes) - correction
+    length = _euclidean(deviation, axis=axes, keepdims=keepdims)
+    return ew.divide(length, math.sqrt(divisor) if divisor > 0 else math.nan)
+
+
+# ---- norms
+
+
+def _euclidean_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool) -> Array:
+    return xp.sqrt(xp.sum(x * x, axis=axis, keepdims=keepdims))
+
+
+def _euclidean_vjp(g: Tensor, y: Any, x: Any, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
+    # An operation of its own, because sqrt(sum(x * x)) has the derivative inf * 0 at the origin:
+    # here it is 0, the sub-gradient of least norm.
+    length = ew.where(ew.equal(y, 0), 1, y)
+    return ew.scale(spread(g, x, axis), ew.divide(x, spread(length, x, axis)))
+
+
+_euclidean: Primitive = primitive("euclidean_norm", _euclidean_forward, _euclidean_vjp)
+
+
+def norm(
+    x: ArrayLike,
+    /,
+    *,
+    ord: float = 2,
+    axis: Axis = None,
+    keepdims: bool = False,
+) -> Tensor:
+    """Return the vector norm of order `ord` over the given axes, over all of them for None.
+
+    ord   2: Euclidean (for a matrix: Frobenius); 1: sum of absolute values; inf or -inf: largest
+          or smallest absolute value; 0: number of elements that are not 0; another number p:
+          sum(abs(x)**p)**(1/p).
+
+    The gradient at the origin is 0. Other arguments and errors are those of `sum`.
+
+    >>> print(tg.norm([3.0, 4.0]))
+    tg.Tensor(5.0, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    if x.dtype.kind != "f":
+        x = ew.astype(x, np.result_type(x.dtype, np.float32))
+    axes = normalize_axes("norm", axis, x.ndim)
+    if ord == 2:
+        return _euclidean(x, axis=axes, keepdims=keepdims)
+    if ord == 1:
+        return sum(ew.abs(x), axis=axes, keepdims=keepdims)
+    if ord == math.inf:
+        return max(ew.abs(x), axis=axes, keepdims=keepdims)
+    if ord == -math.inf:
+        return min(ew.abs(x), axis=axes, keepdims=keepdims)
+    if ord == 0:
+        return sum(ew.astype(ew.not_equal(x, 0), x.dtype), axis=axes, keepdims=keepdims)
+    total = sum(ew.power(ew.abs(x), ord), axis=axes, keepdims=keepdims)
+    # The root's slope at 0 is infinite; where all elements are 0 the norm's gradient is 0.
+    zero = ew.equal(total, 0)
+    return ew.where(zero, 0, ew.power(ew.where(zero, 1, total), 1 / ord))
+
+
+# ---- extremes
+
+
+def _extreme_share(
+    xp: Module, x: Array, y: Array, *, axis: tuple[int, ...], keepdims: bool
+) -> Array:
+    if not keepdims:
+        y = y.reshape(kept_shape(x.shape, axis))
+    ties = (x == y).astype(x.dtype)
+    with np.errstate(invalid="ignore"):  # 0 / 0, and so NaN, where the extreme is NaN
+        return ties / ties.sum(axis=axis, keepdims=True)
+
+
+# The share of each element in its extreme: 1 over the number of ties, which split the gradient.
+_share: Primitive = primitive("extreme_share", _extreme_share, None, None)
+
+
+def _extreme_vjp(g: Tensor, y: Any, x: Any, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
+    return ew.scale(spread(g, x, axis), _share(x, y, axis=axis, keepdims=keepdims))
+
+
+_max: Primitive = primitive(
+    "max", lambda xp, x, *, axis, keepdims: xp.max(x, axis=axis, keepdims=keepdims), _extreme_vjp
+)
+_min: Primitive = primitive(
+    "min", lambda xp, x, *, axis, keepdims: xp.min(x, axis=axis, keepdims=keepdims), _extreme_vjp
+)
+
+
+def max(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
+    """Return the largest element over the given axes, NaN if one is NaN; ties share the gradient.
+
+    Arguments and errors are those of `sum`; also `ValueError` where there is no element.
+
+    >>> print(tg.max([1.0, 3.0, 2.0]))
+    tg.Tensor(3.0, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    return _max(x, axis=normalize_axes("max", axis, x.ndim), keepdims=keepdims)
+
+
+def min(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
+    """Return the smallest element over the given axes, NaN if one is NaN; ties share the gradient.
+
+    Arguments and errors are those of `max`.
+
+    >>> print(tg.min([1.0, 3.0, 2.0]))
+    tg.Tensor(1.0, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    return _min(x, axis=normalize_axes("min", axis, x.ndim), keepdims=keepdims)
+
+
+# ---- log-sum-exp
+
+
+def _logsumexp_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool) -> Array:
+    top = xp.max(x, axis=axis, keepdims=True)
+    top = xp.where(xp.isfinite(top), top, top.dtype.type(0))
+    with np.errstate(divide="ignore", over="ignore"):  # log(0) where all elements are -inf
+        y = xp.log(xp.sum(xp.exp(x - top), axis=axis, keepdims=True)) + top
+    return y if keepdims else y.reshape(_without(x.shape, axis))
+
+
+def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for i, length in enumerate(shape) if i not in axes)
+
+
+_logsumexp: Primitive = primitive(
+    "logsumexp",
+    _logsumexp_forward,
+    lambda g, y, x, *, axis, keepdims: ew.scale(
+        spread(g, x, axis), ew.exp_of_difference(x, spread(y, x, axis))
+    ),
+)
+
+
+def logsumexp(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
+    """Return log(sum(exp(x))) over the given axes, without overflow.
+
+    The derivative is the softmax, and 0 where all elements are -inf. Arguments and errors are
+    those of `max`.
+
+    >>> print(tg.logsumexp([1000.0, 1000.0]))
+    tg.Tensor(1000.6931, shape=(), dtype=float32)
+    """
+    x = as_tensor(x)
+    return _logsumexp(x, axis=normalize_axes("logsumexp", axis, x.ndim), keepdims=keepdims)
+
+
+# ---- truth and places: no gradients
+
+_all: Primitive = primitive(
+    "all", lambda xp, x, *, axis, keepdims: xp.all(x, axis=axis, keepdims=keepdims), None
+)
+_any: Primitive = primitive(
+    "any", lambda xp, x, *, axis, keepdims: xp.any(x, axis=axis, keepdims=keepdims), None
+)
+_argmax: Primitive = primitive(
+    "argmax", lambda xp, x, *, axis, keepdims: xp.argmax(x, axis=axis, keepdims=keepdims), None
+)
+_argmin: Primitive = primitive(
+    "argmin", lambda xp, x, *, axis, keepdims: xp.argmin(x, axis=axis, keepdims=keepdims), None
+)
+
+
+def all(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
+    """Return whether all elements are true (not 0) over the given axes; no gradient.
+
+    Arguments and errors are those of `sum`.
+
+    >>> print(tg.all([True, False]))
+    tg.Tensor(False, shape=(), dtype=bool)
+    """
+    x = as_tensor(x)
+    return _all(x, axis=normalize_axes("all", axis, x.ndim), keepdims=keepdims)
+
+
+def any(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
+    """Return whether any element is true (not 0) over the given axes; no gradient.
+
+    Arguments and errors are those of `sum`.
+
+    >>> print(tg.any([True, False]))
+    tg.Tensor(True, shape=(), dtype=bool)
+    """
+    x = as_tensor(x)
+    return _any(x, axis=normalize_axes("any", axis, x.ndim), keepdims=keepdims)
+
+
+def argmax(x: ArrayLike, /, axis: int | None = None, *, keepdims: bool = False) -> Tensor:
+    """Return the index of the largest element, the first of several, along an axis; no gradient.
+
+    axis  None counts the elements in row order. Raises `ValueError` for an axis that x does not
+    have, and where there is no element.
+
+    >>> print(tg.argmax([1.0, 3.0, 2.0]))
+    tg.Tensor(1, shape=(), dtype=int64)
+    """
+    x = as_tensor(x)
+    axis = None if axis is None else normalize_axis("argmax", axis, x.ndim)
+    return _argmax(x, axis=axis, keepdims=keepdims)
+
+
+def argmin(x: ArrayLike, /, axis: int | None = None, *, keepdims: bool = False) -> Tensor:
+    """Return the index of the smallest element, the first of several, along an axis; no gradient.
+
+    Arguments and errors are those of `argmax`.
+
+    >>> print(tg.argmin([3.0, 1.0, 2.0]))
+    tg.Tensor(1, shape=(), dtype=int64)
+    """
+    x = as_tensor(x)
+    axis = None if axis is None else normalize_axis("argmin", axis, x.ndim)
+    return _argmin(x, axis=axis, keepdims=keepdims)

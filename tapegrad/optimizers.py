@@ -1,0 +1,578 @@
+"""Optimisers by Keras's names: parameters and state lie flat, and one pass updates all."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapegrad import _backend
+from tapegrad._backend import Array, Module
+from tapegrad._blocks import for_blocks
+from tapegrad._storage import Buffer
+from tapegrad._structure import flatten
+from tapegrad.errors import TapeWarning
+from tapegrad.kernels import optimizers as kernels
+from tapegrad.linear import fit
+from tapegrad.primitive import Update, no_record
+from tapegrad.tensor import Operand, Tensor
+from tapegrad.variable import Variable, over_memory
+
+# Each variable begins at a multiple of so many bytes: what GPU loads and GEMMs want.
+_ALIGNMENT = 256
+
+
+# ---- the updates: meanings on flat arrays, in place, and their kernels
+#
+# Hyper-parameters are 0-d float64 arrays and `step` a 0-d int64 array, so that a compiled program
+# sees them change. `_like` gives them the parameters' type: they must not promote float32.
+
+
+def _like(p: Array, value: Any) -> Any:
+    return value.astype(p.dtype)
+
+
+def _sgd(xp: Module, p: Array, g: Array, learning_rate: Array) -> None:
+    rate = _like(p, learning_rate)
+
+    def block(s: slice) -> None:
+        p[s] -= g[s] * rate
+
+    for_blocks(p.size, block)
+
+
+def _momentum(
+    xp: Module,
+    p: Array,
+    v: Array,
+    g: Array,
+    learning_rate: Array,
+    momentum: Array,
+    *,
+    nesterov: bool,
+) -> None:
+    rate, mu = _like(p, learning_rate), _like(p, momentum)
+
+    def block(s: slice) -> None:
+        step = g[s] * rate
+        v[s] *= mu
+        v[s] -= step
+        if nesterov:
+            p[s] += v[s] * mu
+            p[s] -= step
+        else:
+            p[s] += v[s]
+
+    for_blocks(p.size, block)
+
+
+def _adagrad(
+    xp: Module, p: Array, a: Array, g: Array, learning_rate: Array, epsilon: Array
+) -> None:
+    rate, eps = _like(p, learning_rate), _like(p, epsilon)
+
+    def block(s: slice) -> None:
+        a[s] += g[s] * g[s]
+        p[s] -= g[s] * rate / (xp.sqrt(a[s]) + eps)
+
+    for_blocks(p.size, block)
+
+
+def _rmsprop(
+    xp: Module, p: Array, v: Array, g: Array, learning_rate: Array, rho: Array, epsilon: Array
+) -> None:
+    rate, eps = _like(p, learning_rate), _like(p, epsilon)
+    keep, take = _like(p, rho), _like(p, 1 - rho)
+
+    def block(s: slice) -> None:
+        v[s] *= keep
+        v[s] += g[s] * g[s] * take
+        p[s] -= g[s] * rate / (xp.sqrt(v[s]) + eps)
+
+    for_blocks(p.size, block)
+
+
+def _adam(
+    xp: Module,
+    p: Array,
+    m: Array,
+    v: Array,
+    g: Array,
+    step: Array,
+    learning_rate: Array,
+    beta_1: Array,
+    beta_2: Array,
+    epsilon: Array,
+    weight_decay: Array,
+) -> None:
+    b1, b2, eps = _like(p, beta_1), _like(p, beta_2), _like(p, epsilon)
+    new1, new2 = _like(p, 1 - beta_1), _like(p, 1 - beta_2)
+    rate = _like(p, learning_rate / (1 - beta_1**step))
+    unbias = _like(p, 1 / (1 - beta_2**step))
+    shrink = _like(p, 1 - learning_rate * weight_decay)
+
+    def block(s: slice) -> None:
+        part = g[s] * new1
+        m[s] *= b1
+        m[s] += part
+        xp.multiply(g[s], g[s], out=part)
+        part *= new2
+        v[s] *= b2
+        v[s] += part
+        xp.multiply(v[s], unbias, out=part)
+        xp.sqrt(part, out=part)
+        part += eps
+        xp.divide(m[s], part, out=part)
+        part *= rate
+        p[s] *= shrink
+        p[s] -= part
+
+    for_blocks(p.size, block)
+
+
+sgd_update = Update("sgd", _sgd, writes=1, kernel=kernels.sgd)
+momentum_update = Update("momentum", _momentum, writes=2, kernel=kernels.momentum)
+adagrad_update = Update("adagrad", _adagrad, writes=2, kernel=kernels.adagrad)
+rmsprop_update = Update("rmsprop", _rmsprop, writes=2, kernel=kernels.rmsprop)
+adam_update = Update("adam", _adam, writes=3, kernel=kernels.adam)
+
+
+def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...]) -> None:
+    for place, g in zip(places, gradients, strict=True):
+        flat[place : place + g.size] = g.reshape(-1)
+
+
+# Copy gradients to where their parameters stand in the flat buffer.
+gather_gradients = Update("gather_gradients", _gather, writes=1)
+
+
+# ---- the flat buffers
+
+
+class _Run(NamedTuple):
+    """Neighbours that all have a gradient: one call of the update."""
+
+    parameters: Variable
+    slots: tuple[Variable, ...]
+    gradients: Variable
+    places: tuple[int, ...]  # of each gradient, from the beginning of the run
+
+
+class _Group:
+    """Variables that lie in one buffer, one after the other, with slots of the same layout."""
+
+    def __init__(self, members: list[Variable], slots: Sequence[float]) -> None:
+        self.members = members
+        first = members[0]
+        self._xp = xp = _backend.module_of((first._array,))
+        self.dtype = first.dtype
+        if len(members) == 1 and first._buffer.shared:  # packed by another optimiser: it stays
+            self._places = [0]
+            self._flat = first._array.reshape(-1)
+            self._buffer = first._buffer
+        else:
+            unit = max(1, _ALIGNMENT // first.dtype.itemsize)
+            self._places, end = [], 0
+            for variable in members:
+                self._places.append(end)
+                end += -(-variable.size // unit) * unit
+            self._flat = xp.zeros(end, first.dtype)
+            self._buffer = Buffer(self._flat)
+            self._buffer.shared = True
+            for variable, place in zip(members, self._places, strict=True):
+                view = self._flat[place : place + variable.size].reshape(variable.shape)
+                view[...] = variable._array
+                variable._place(self._buffer, view)
+        self._slots = [xp.full(self._flat.size, value, first.dtype) for value in slots]
+        self._slot_buffers = [Buffer(slot) for slot in self._slots]
+        self._gradients = xp.zeros(self._flat.size, first.dtype)
+        self._gradient_buffer = Buffer(self._gradients)
+        self._runs: dict[tuple[bool, ...], list[tuple[_Run, list[int]]]] = {}
+
+    def runs(self, present: tuple[bool, ...]) -> list[tuple[_Run, list[int]]]:
+        """Return the maximal runs of members that have a gradient, each with its members."""
+        known = self._runs.get(present)
+        if known is None:
+            stretches: list[list[int]] = []
+            for i, here in enumerate(present):
+                if here and i and present[i - 1]:
+                    stretches[-1].append(i)
+                elif here:
+                    stretches.append([i])
+            known = self._runs[present] = [(self._run(s), s) for s in stretches]
+        return known
+
+    def _run(self, stretch: list[int]) -> _Run:
+        start, last = self._places[stretch[0]], stretch[-1]
+        whole = last + 1 == len(self.members)
+        end = self._flat.size if whole else self._places[last] + self.members[last].size
+        part = slice(start, end)
+        return _Run(
+            over_memory(self._buffer, self._flat[part]),
+            tuple(
+                over_memory(buffer, slot[part])
+                for buffer, slot in zip(self._slot_buffers, self._slots, strict=True)
+            ),
+            over_memory(self._gradient_buffer, self._gradients[part]),
+            tuple(self._places[i] - start for i in stretch),
+        )
+
+    def slot_of(self, variable: Variable, slot: int) -> Array:
+        """Return a variable's part of a slot, in its shape."""
+        i = next(k for k, member in enumerate(self.members) if member is variable)
+        place = self._places[i]
+        return self._slots[slot][place : place + variable.size].reshape(variable.shape)
+
+
+class Optimizer:
+    """What the optimisers share: hyper-parameters, flat buffers, one update for all variables.
+
+    The first step that sees a Variable moves its values, with those of all others it sees first
+    then, into one flat buffer for each dtype; values, identity and tapes are unaffected. A Variable
+    that another optimiser has packed stays where it is. Hyper-parameters are float64 Variables:
+    `optimizer.learning_rate.assign(...)`, or plain assignment, changes them.
+    """
+
+    _SLOTS: tuple[str, ...] = ()
+    _START: tuple[float, ...] = ()  # the slots' first values; zeros if empty
+
+    def __init__(self, name: str | None = None, **hyperparameters: float) -> None:
+        self.name = name or type(self).__name__.lower()
+        self._hyperparameters: dict[str, Variable] = {}
+        for key, value in hyperparameters.items():
+            value = float(value)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(
+                    f"{type(self).__name__}: {key} must be a number >= 0, got {value!r}"
+                )
+            self._hyperparameters[key] = Variable(
+                value, trainable=False, dtype=np.float64, name=f"{self.name}/{key}"
+            )
+        self._iterations = Variable(0, trainable=False, name=f"{self.name}/iterations")
+        self._groups: list[_Group] = []
+        self._place_of: dict[int, tuple[_Group, int]] = {}
+        self._warned: set[int] = set()
+
+    def __getattr__(self, name: str) -> Variable:
+        found: dict[str, Variable] = self.__dict__.get("_hyperparameters", {})
+        if name in found:
+            return found[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_hyperparameters", ()):
+            self._hyperparameters[name].assign(value)
+        else:
+            object.__setattr__(self, name, value)
+
+    @property
+    def iterations(self) -> Variable:
+        """How many steps were taken, an int64 Variable."""
+        return self._iterations
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Variable]]) -> None:
+        """Take one step: update each variable by its gradient.
+
+        grads_and_vars  pairs (gradient, variable), as `zip(gradients, variables)` gives them.
+
+        A variable whose gradient is None stays as it is, its slots too, with one warning that names
+        it. Raises `TypeError` for what is no pair or no Variable, `ValueError` for a gradient of
+        another shape and a variable given twice.
+
+        >>> w = tg.Variable([1.0, 2.0])
+        >>> tg.optimizers.SGD(0.5).apply_gradients([(tg.constant([2.0, 2.0]), w)])
+        >>> print(w.value())
+        tg.Tensor([0. 1.], shape=(2,), dtype=float32)
+        """
+        pairs = self._checked(grads_and_vars)
+        with no_record():
+            self._pack([variable for _, variable in pairs])
+            self._iterations.assign_add(1)
+            given = {variable.id: g for g, variable in pairs}
+            for group in self._groups:
+                found = [given.get(member.id) for member in group.members]
+                present = tuple([g is not None for g in found])
+                for run, stretch in group.runs(present):
+                    gradients = [
+                        fit(g, g.shape, group.dtype)
+                        for g in (found[i] for i in stretch)
+                        if g is not None
+                    ]
+                    gather_gradients(run.gradients, *gradients, places=run.places)
+                    self._update(run.parameters, run.slots, run.gradients)
+
+    def apply(self, gradients: Any, variables: Any) -> None:
+        """Take one step with structures of gradients and of variables that correspond."""
+        self.apply_gradients(zip(flatten(gradients), flatten(variables), strict=True))
+
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+        raise NotImplementedError
+
+    def _checked(self, grads_and_vars: Iterable[Any]) -> list[tuple[Tensor | None, Variable]]:
+        pairs: list[tuple[Tensor | None, Variable]] = []
+        seen: set[int] = set()
+        missing = []
+        for i, pair in enumerate(grads_and_vars):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(
+                    f"grads_and_vars[{i}] must be a pair (gradient, variable), got {pair!r}"
+                )
+            g, variable = pair
+            if not isinstance(variable, Variable):
+                raise TypeError(
+                    f"grads_and_vars[{i}][1] must be a Variable, got a {type(variable).__name__}: "
+                    "the gradient comes first, the variable second"
+                )
+            if variable.id in seen:
+                raise ValueError(f"variable {variable.name!r} is given twice: add its gradients")
+            seen.add(variable.id)
+            if g is None:
+                if variable.id not in self._warned:
+                    self._warned.add(variable.id)
+                    missing.append(variable.name)
+            else:
+                g = g._read() if isinstance(g, Operand) else Tensor(g)
+                if g.shape != variable.shape:
+                    raise ValueError(
+                        f"variable {variable.name!r} has shape {variable.shape}, "
+                        f"its gradient {g.shape}"
+                    )
+            pairs.append((g, variable))
+        if not pairs:
+            raise ValueError("no gradients were given: the model has no trainable variables")
+        if missing:
+            warnings.warn(
+                f"no gradient for {', '.join(missing)}: the loss does not depend on them, "
+                "and they stay as they are",
+                TapeWarning,
+                stacklevel=4,
+            )
+        return pairs
+
+    def _pack(self, variables: list[Variable]) -> None:
+        """Give variables seen for the first time their place and their slots."""
+        fresh = [v for v in variables if v.id not in self._place_of]
+        if not fresh:
+            return
+        start = self._START or (0.0,) * len(self._SLOTS)
+        together: dict[tuple[str, np.dtype[Any]], list[Variable]] = {}
+        groups: list[list[Variable]] = []
+        for v in fresh:
+            if v.dtype.kind != "f" and v.dtype.name != "bfloat16":
+                raise TypeError(f"variable {v.name!r} has dtype {v.dtype} and cannot be trained")
+            if v._buffer.shared:
+                groups.append([v])
+            else:
+                together.setdefault((v.backend, v.dtype), []).append(v)
+        for members in [*together.values(), *groups]:
+            group = _Group(members, start)
+            self._groups.append(group)
+            self._place_of.update((v.id, (group, i)) for i, v in enumerate(members))
+        self._move_to(fresh[0])
+
+    def _move_to(self, like: Variable) -> None:
+        """Keep hyper-parameters where the parameters are: a kernel reads them there."""
+        xp = _backend.module_of((like._array,))
+        for v in (*self._hyperparameters.values(), self._iterations):
+            if _backend.module_of((v._array,)) is not xp:
+                array = _backend.to_module(v._array, xp)
+                v._place(Buffer(array), array.view())
+
+    def slot(self, variable: Variable, name: str) -> Tensor:
+        """Return a copy of one of a variable's slots, as `"m"` and `"v"` of Adam.
+
+        Raises `KeyError` for a variable that this optimiser has not updated, or an unknown slot.
+        """
+        if variable.id not in self._place_of or name not in self._SLOTS:
+            raise KeyError(f"no slot {name!r} for variable {variable.name!r} in {self.name}")
+        group, _ = self._place_of[variable.id]
+        return Tensor(group.slot_of(variable, self._SLOTS.index(name)))
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={float(v):g}" for k, v in self._hyperparameters.items())
+        return f"<{type(self).__name__} {settings}>"
+
+
+class SGD(Optimizer):
+    """Gradient descent: p -= learning_rate * g, with momentum if asked for.
+
+    momentum  mu > 0: v = mu * v - learning_rate * g; p += v.
+    nesterov  whether then p += mu * v - learning_rate * g instead (Y. Nesterov, 1983).
+
+    Raises `ValueError` for negative numbers.
+
+    >>> tg.optimizers.SGD(learning_rate=0.1, momentum=0.9)
+    <SGD learning_rate=0.1, momentum=0.9>
+    """
+
+    def __init__(
+        self,
+        learning_rate: float = 0.01,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name, learning_rate=learning_rate, momentum=momentum)
+        self._nesterov = bool(nesterov)
+        self._has_momentum = momentum > 0
+        if nesterov and not momentum:
+            raise ValueError("SGD: nesterov needs a momentum above 0")
+        if self._has_momentum:
+            self._SLOTS = ("velocity",)
+
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+        if not self._has_momentum:
+            sgd_update(p, g, self.learning_rate)
+            return
+        momentum_update(p, *slots, g, self.learning_rate, self.momentum, nesterov=self._nesterov)
+
+
+class Adagrad(Optimizer):
+    """AdaGrad (J. Duchi, E. Hazan, Y. Singer, 2011).
+
+    a += g**2; p -= learning_rate * g / (sqrt(a) + epsilon).
+
+    initial_accumulator_value  where a begins.
+
+    >>> tg.optimizers.Adagrad(learning_rate=0.1)
+    <Adagrad learning_rate=0.1, epsilon=1e-07>
+    """
+
+    _SLOTS = ("accumulator",)
+
+    def __init__(
+        self,
+        learning_rate: float = 0.001,
+        initial_accumulator_value: float = 0.1,
+        epsilon: float = 1e-7,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name, learning_rate=learning_rate, epsilon=epsilon)
+        if not initial_accumulator_value >= 0:
+            raise ValueError(
+                "Adagrad: initial_accumulator_value must be >= 0, "
+                f"got {initial_accumulator_value!r}"
+            )
+        self._START = (float(initial_accumulator_value),)
+
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+        adagrad_update(p, *slots, g, self.learning_rate, self.epsilon)
+
+
+class RMSprop(Optimizer):
+    """RMSProp (T. Tieleman, G. Hinton, 2012).
+
+    v = rho * v + (1 - rho) * g**2; p -= learning_rate * g / (sqrt(v) + epsilon).
+
+    >>> tg.optimizers.RMSprop()
+    <RMSprop learning_rate=0.001, rho=0.9, epsilon=1e-07>
+    """
+
+    _SLOTS = ("mean_square",)
+
+    def __init__(
+        self,
+        learning_rate: float = 0.001,
+        rho: float = 0.9,
+        epsilon: float = 1e-7,
+        name: str | None = None,
+    ) -> None:
+        _below_one("RMSprop", rho=rho)
+        super().__init__(name, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
+
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+        rmsprop_update(p, *slots, g, self.learning_rate, self.rho, self.epsilon)
+
+
+class Adam(Optimizer):
+    """Adam (D. P. Kingma, J. Ba, 2015), epsilon outside the root and after the bias correction.
+
+    m = beta_1 * m + (1 - beta_1) * g; v = beta_2 * v + (1 - beta_2) * g**2;
+    p -= learning_rate * (m / (1 - beta_1**t)) / (sqrt(v / (1 - beta_2**t)) + epsilon).
+
+    Raises `ValueError` for negative numbers and for a beta that is not below 1.
+
+    >>> tg.optimizers.Adam()
+    <Adam learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-08, weight_decay=0>
+    """
+
+    _SLOTS = ("m", "v")
+    _DECAY = 0.0
+
+    def __init__(
+        self,
+        learning_rate: float = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        _below_one(type(self).__name__, beta_1=beta_1, beta_2=beta_2)
+        super().__init__(
+            name,
+            learning_rate=learning_rate,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            weight_decay=self._DECAY if weight_decay is None else weight_decay,
+        )
+
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+        adam_update(
+            p,
+            *slots,
+            g,
+            self._iterations,
+            self.learning_rate,
+            self.beta_1,
+            self.beta_2,
+            self.epsilon,
+            self.weight_decay,
+        )
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (I. Loshchilov, F. Hutter, 2019), 0.004 unless given.
+
+    Before Adam's own step, p -= learning_rate * weight_decay * p.
+
+    >>> tg.optimizers.AdamW(weight_decay=0.01).weight_decay.numpy()
+    array(0.01)
+    """
+
+    _DECAY = 0.004
+
+
+def _below_one(name: str, **numbers: float) -> None:
+    for key, value in numbers.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: {key} must be from 0 to below 1, got {value!r}")
+
+
+_BY_NAME: dict[str, Callable[[], Optimizer]] = {
+    "sgd": SGD,
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "adamw": AdamW,
+}
+
+
+def get(optimizer: Any) -> Optimizer:
+    """Return the optimiser that a name or an `Optimizer` stands for.
+
+    Raises `ValueError` for an unknown name.
+
+    >>> tg.optimizers.get("sgd")
+    <SGD learning_rate=0.01, momentum=0>
+    """
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if isinstance(optimizer, str) and optimizer.lower() in _BY_NAME:
+        return _BY_NAME[optimizer.lower()]()
+    names = ", ".join(_BY_NAME)
+    raise ValueError(f"optimizer must be an Optimizer or one of {names}, got {optimizer!r}")

@@ -1,0 +1,803 @@
+"""GradientTape: the list of operations as they ran, and the reverse pass over it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from tapegrad import _backend
+from tapegrad._structure import flatten_with_paths, is_container, refuse_unordered, unflatten
+from tapegrad._tape_arguments import (
+    UnconnectedGradients,
+    check_scalar_targets,
+    check_sources,
+    check_targets,
+    check_unconnected,
+    describe_kind,
+    is_floating,
+    match_weights,
+)
+from tapegrad.errors import TapeWarning
+from tapegrad.linear import add, fit, ones_like, permute, reshape, stack, zeros_like
+from tapegrad.primitive import Primitive, state, user_location
+from tapegrad.tensor import Operand, Tensor, as_array, wrap
+from tapegrad.variable import Variable
+
+_USED_UP = (
+    "A non-persistent GradientTape can only be used to compute one set of gradients (or jacobians)"
+)
+
+
+class Spec(NamedTuple):
+    """What a node keeps of a Tensor whose values no rule reads."""
+
+    id: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class Node(NamedTuple):
+    """One recorded call of a primitive. Immutable: it may lie on several tapes.
+
+    inputs   a Tensor where a rule reads it, its Spec where none does, or a Python number.
+    mask     bit i is set if some tape watched input i when the call ran.
+    where    file:line of the call, for a primitive that has no rule.
+    """
+
+    primitive: Primitive
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    params: dict[str, Any]
+    mask: int
+    where: str | None
+
+
+_make_tuple = tuple.__new__
+
+
+def _spec(x: Tensor) -> Spec:
+    array = x._array
+    return _make_tuple(Spec, (x.id, array.shape, array.dtype))
+
+
+def _node(
+    primitive: Primitive,
+    inputs: Sequence[Any],
+    outputs: tuple[Tensor, ...],
+    params: dict[str, Any],
+    mask: int,
+) -> Node:
+    keep, keep_output = primitive.saved_for(mask, len(inputs))
+    saved = inputs
+    if False in keep:
+        saved = [
+            x if kept or type(x) is not Tensor else _spec(x)
+            for x, kept in zip(inputs, keep, strict=True)
+        ]
+    results = outputs if keep_output else tuple([_spec(y) for y in outputs])
+    where = None if primitive.vjps or primitive.joint_vjp else user_location()
+    return _make_tuple(Node, (primitive, tuple(saved), results, params, mask, where))
+
+
+def _bits(mask: int) -> tuple[int, ...]:
+    return tuple(i for i in range(mask.bit_length()) if mask >> i & 1)
+
+
+_BITS = tuple(_bits(mask) for mask in range(64))  # most operations have few inputs
+
+
+class GradientTape:
+    """Record operations for automatic differentiation, as `tf.GradientTape` does.
+
+    persistent                whether more than one gradient may be taken; the tape then keeps
+                              what it recorded until it is dropped.
+    watch_accessed_variables  whether trainable Variables are watched when they are read.
+
+    An operation is recorded if a floating input of it is watched: a trainable Variable, what
+    `watch` was given, or the result of a recorded operation. Each thread records its own
+    operations. Raises `TypeError` for arguments that are not bool.
+
+    >>> import tapegrad as tg
+    >>> x = tg.Variable(3.0)
+    >>> with tg.GradientTape() as tape:
+    ...     y = x * x
+    >>> print(tape.gradient(y, x))
+    tg.Tensor(6.0, shape=(), dtype=float32)
+    """
+
+    def __init__(self, persistent: bool = False, watch_accessed_variables: bool = True) -> None:
+        for name, value in (
+            ("persistent", persistent),
+            ("watch_accessed_variables", watch_accessed_variables),
+        ):
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        self._persistent = bool(persistent)
+        self._watch_accessed = bool(watch_accessed_variables)
+        self._active = False  # inside its `with` block
+        self._paused = 0  # inside so many stop_recording blocks
+        self._recorders: list[Any] | None = None  # the list it stands in while it records
+        self._thread = 0
+        self._entered = False
+        self._spent: str | None = None  # how it was used up
+        self._next_watch: list[Operand] = []  # watched while used up: for the next block
+        self._variables: dict[int, Variable] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._release()
+        self._variables = {}
+        self._asked: set[int] = set()  # ids of Variables given to watch()
+        self._spent = None
+
+    def _release(self) -> None:
+        """Let go of every operation, keeping what `watched_variables` tells."""
+        self._nodes: list[Node] = []
+        # What is watched, by id, and from which node on: earlier uses of it do not count.
+        self._watched: dict[int, int] = {}
+        self._leaves: set[int] = set()
+        self._versions: dict[int, list[int]] = {}  # of each Variable, the ids of its values
+        self._used: dict[int, str] = {}  # unwatched floats that were used, and where first
+        self._late: dict[int, str] = {}  # those of them that were watched afterwards
+
+    # ---- recording
+
+    def __enter__(self) -> GradientTape:
+        if self._active:
+            if self._thread != threading.get_ident():
+                raise RuntimeError(
+                    "this tape is recording on another thread: give each thread a tape of its own"
+                )
+            raise ValueError(
+                "Tape is still recording, This can happen if you try to re-enter an "
+                "already-active tape."
+            )
+        if self._spent is not None:
+            self._forget()
+        self._active = self._entered = True
+        self._paused = 0
+        self._thread = threading.get_ident()
+        self._start()
+        for x in self._next_watch:
+            self._watch(x)
+        self._next_watch = []
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+        self._active = False
+
+    def _start(self) -> None:
+        self._recorders = state.recorders
+        self._recorders.append(self)
+
+    def _stop(self) -> None:
+        recorders, self._recorders = self._recorders, None
+        if recorders is not None:
+            recorders[:] = [recorder for recorder in recorders if recorder is not self]
+
+    def record(
+        self,
+        primitive: Primitive,
+        inputs: Sequence[Any],
+        outputs: tuple[Tensor, ...],
+        params: dict[str, Any],
+        node: Node | None,
+    ) -> Node | None:
+        """Note one call of a primitive, if a floating input of it is watched."""
+        if not primitive.differentiable:
+            return node
+        watched = self._watched
+        mask, bit = 0, 1
+        for x in inputs:
+            if type(x) is Tensor:
+                if x.id in watched:
+                    mask |= bit
+                elif x.id not in self._used:
+                    self._note_use(x, primitive)
+            bit <<= 1
+        if not mask:
+            return node
+        if node is None or mask & ~node.mask:
+            node = _node(primitive, inputs, outputs, params, mask)
+        nodes = self._nodes
+        nodes.append(node)
+        position = len(nodes)
+        for y in outputs:
+            watched[y.id] = position
+        return node
+
+    def _note_use(self, x: Tensor, primitive: Primitive) -> None:
+        if is_floating(x._array.dtype):
+            self._used[x.id] = f"{primitive.name} at {user_location()}"
+
+    def accessed(self, variable: Variable, version: Tensor) -> None:
+        """Note that a Variable was read."""
+        if version.id in self._watched:
+            return
+        if variable.id in self._asked or (self._watch_accessed and variable._trainable):
+            self._watch_version(variable, version)
+
+    def writing(self, variable: Variable) -> None:
+        """Let a Variable change: what was recorded of it keeps the value that was read."""
+
+    def _watch_version(self, variable: Variable, version: Tensor) -> None:
+        if not is_floating(version._array.dtype):
+            return
+        self._watch_id(version.id)
+        versions = self._versions.setdefault(variable.id, [])
+        if version.id not in versions:
+            versions.append(version.id)
+        self._variables[variable.id] = variable
+
+    def _watch_id(self, key: int) -> None:
+        if key not in self._watched:
+            self._watched[key] = len(self._nodes)
+            self._leaves.add(key)
+            if key in self._used:
+                self._late[key] = self._used[key]
+
+    def watches(self, x: Operand) -> bool:
+        """Tell whether what is computed from `x` now is recorded."""
+        return x._read().id in self._watched
+
+    def watch(self, tensor: Any, *others: Any) -> None:
+        """Watch a Tensor or Variable, or every one in a structure of them.
+
+        Operations that ran before are not recorded. On a tape that is not recording it counts from
+        its next block on. Raises `TypeError` for what is neither (and then watches nothing);
+        warns for integer and boolean ones, which have no gradient.
+        """
+        if others:
+            raise TypeError("watch takes one argument: write tape.watch([x, y])")
+        refuse_unordered(tensor, "tensor")
+        leaves = flatten_with_paths(tensor, "tensor")
+        if is_container(tensor) and not leaves:
+            warnings.warn(
+                "watch was given nothing to watch: a model may not have built its variables yet",
+                TapeWarning,
+                stacklevel=2,
+            )
+        for path, leaf in leaves:
+            if not isinstance(leaf, Operand):
+                raise TypeError(
+                    f"watch needs a Tensor or Variable, but {path} is {describe_kind(leaf)}: "
+                    "make it one first, x = tg.constant(x), and compute with that"
+                )
+        for path, leaf in leaves:
+            if not is_floating(leaf.dtype):
+                warnings.warn(
+                    f"{path} has dtype {leaf.dtype} and can have no gradient: "
+                    "only floating tensors can be watched",
+                    TapeWarning,
+                    stacklevel=2,
+                )
+            elif self._spent is not None and self._recorders is None:
+                self._next_watch.append(leaf)
+            else:
+                self._watch(leaf)
+
+    def _watch(self, x: Operand) -> None:
+        if isinstance(x, Variable):
+            self._asked.add(x.id)
+            self._watch_version(x, _current(x))
+        else:
+            self._watch_id(x.id)
+
+    def watched_variables(self) -> tuple[Variable, ...]:
+        """Return the Variables that this tape watches, in the order of their construction."""
+        return tuple(self._variables[key] for key in sorted(self._variables))
+
+    @contextmanager
+    def stop_recording(self) -> Iterator[None]:
+        """Let this tape overlook what happens in a `with` block; other tapes go on.
+
+        Raises `RuntimeError` if the tape was never entered, `ValueError` outside its block.
+        """
+        if not self._entered:
+            raise RuntimeError("Trying to stop recording a tape which is not recording.")
+        if not self._active:
+            raise ValueError("Tape is not recording.")
+        self._paused += 1
+        self._stop()
+        try:
+            yield
+        finally:
+            self._paused -= 1
+            if self._active and not self._paused:
+                if self._spent is not None:
+                    self._forget()
+                self._start()
+
+    def reset(self) -> None:
+        """Forget all operations and everything watched; a recording tape goes on recording."""
+        self._forget()
+
+    # ---- the reverse pass
+
+    def gradient(
+        self,
+        target: Any,
+        sources: Any,
+        output_gradients: Any = None,
+        unconnected_gradients: Any = UnconnectedGradients.NONE,
+    ) -> Any:
+        """Return the gradient of the sum of the target's elements for each source.
+
+        target                a Tensor or Variable, or a structure of them (their sum is meant).
+        sources               likewise; the answer has the structure of the sources, and each
+                              gradient its source's shape and dtype.
+        output_gradients      weights of the target's elements, of its structure and shapes, where
+                              None stands for ones: the answer is a vector-Jacobian product.
+        unconnected_gradients `"none"`, `"zero"` or `"raise"`: what a source gets that the target
+                              does not depend on.
+
+        A tape that is not persistent can answer once, and stops recording. Raises `TypeError` and
+        `ValueError` for wrong arguments (the tape stays usable), `RuntimeError` for a tape that is
+        used up or has recorded nothing.
+
+        >>> import tapegrad as tg
+        >>> x, y = tg.Variable(3.0), tg.Variable(5.0)
+        >>> with tg.GradientTape() as tape:
+        ...     z = (x**2 + y**2) ** 2
+        >>> tape.gradient(z, {"x": x})
+        {'x': <tg.Tensor: shape=(), dtype=float32, numpy=408.0>}
+        """
+        unconnected = check_unconnected(unconnected_gradients)
+        targets = check_targets(target)
+        leaves = check_sources(sources)
+        weights = match_weights(target, output_gradients)
+        check_scalar_targets(targets, weights)
+        self._check_usable()
+        with self._reverse_pass(user_location()):
+            seeds: dict[int, Tensor] = {}
+            for y, weight in zip(targets, weights, strict=True):
+                if is_floating(y.dtype):
+                    y = _current(y)
+                    seed = ones_like(y) if weight is None else weight
+                    seeds[y.id] = add(seeds[y.id], seed) if y.id in seeds else seed
+            results = self._pull_back(seeds, self._wanted(leaves), consume=not self._persistent)
+            answers = [self._answer(source, results) for source in leaves]
+            if any(answer is None for answer in answers):
+                answers = self._fill_unconnected(answers, leaves, unconnected, sources)
+            if self._late:
+                self._warn_of_late_watch(leaves)
+        return unflatten(sources, answers)
+
+    def jacobian(
+        self,
+        target: Any,
+        sources: Any,
+        unconnected_gradients: Any = UnconnectedGradients.NONE,
+        parallel_iterations: int | None = None,
+        experimental_use_pfor: bool = True,
+    ) -> Any:
+        """Return the derivative of every element of the target for every element of the sources.
+
+        Each answer has the shape `target.shape + source.shape`. For a structure of targets it is
+        a structure of what one target gives. `parallel_iterations` and `experimental_use_pfor`
+        are accepted for the sake of TensorFlow's programs and change nothing; a tape that is not
+        persistent will do. Raises as `gradient` does.
+
+        >>> import tapegrad as tg
+        >>> x = tg.Variable([1.0, 2.0])
+        >>> with tg.GradientTape() as tape:
+        ...     y = x * x
+        >>> tape.jacobian(y, x).numpy().tolist()
+        [[2.0, 0.0], [0.0, 4.0]]
+        """
+        unconnected = check_unconnected(unconnected_gradients)
+        targets = check_targets(target)
+        leaves = check_sources(sources)
+        self._check_usable()
+        with self._reverse_pass(user_location()):
+            answers = []
+            for y in targets:
+                found = self._rows(y, leaves, _basis_seeds)
+                rows = [
+                    None if r is None else reshape(r, shape=y.shape + x.shape)
+                    for r, x in zip(found, leaves, strict=True)
+                ]
+                rows = self._fill_unconnected(rows, leaves, unconnected, sources, y.shape)
+                answers.append(unflatten(sources, rows))
+            if self._late:
+                self._warn_of_late_watch(leaves)
+        return unflatten(target, answers)
+
+    def batch_jacobian(
+        self,
+        target: Any,
+        source: Any,
+        unconnected_gradients: Any = UnconnectedGradients.NONE,
+        parallel_iterations: int | None = None,
+        experimental_use_pfor: bool = True,
+        check: bool = False,
+    ) -> Any:
+        """Return each example's own Jacobian: `target[i]` for `source[i]`, stacked.
+
+        The answer has the shape `(batch, *target.shape[1:], *source.shape[1:])`; for a structure
+        of sources, a structure of these. It is right only where examples do not depend on each
+        other (no batch normalisation): `check=True` verifies this with one more reverse pass and
+        raises `ValueError` if they do. An unconnected source gives zeros. The other arguments
+        are as for `jacobian`.
+        """
+        unconnected = check_unconnected(unconnected_gradients)
+        (y,) = check_targets([target])
+        leaves = check_sources(source)
+        for x in leaves:
+            for shape in (y.shape, x.shape):
+                if len(shape) < 2:
+                    raise ValueError(
+                        f"Shape {shape} must have rank at least 2 (a batch of vectors); "
+                        "for anything else use jacobian"
+                    )
+            if y.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"Need first dimension of target shape ({y.shape}) and source shape "
+                    f"({x.shape}) to match."
+                )
+        self._check_usable()
+        with self._reverse_pass(user_location()):
+            found = self._rows(y, leaves, _batch_seeds)
+            answers = []
+            for rows, x in zip(found, leaves, strict=True):
+                if rows is None:
+                    if unconnected == "raise":
+                        self._fill_unconnected([rows], [x], unconnected, source)
+                    zeros = np.zeros((), x.dtype)
+                    module = _backend.module_of((x._array,))
+                    rows = wrap(module.full((_count(y.shape[1:]), *x.shape), zeros))
+                elif check:
+                    self._check_independent(y, x, rows)
+                rows = permute(rows, axes=(1, 0, *range(2, len(rows.shape))))
+                answers.append(reshape(rows, shape=y.shape + x.shape[1:]))
+        return unflatten(source, answers)
+
+    def _rows(
+        self,
+        target: Operand,
+        sources: list[Operand],
+        seeds_of: Callable[[Tensor], Iterator[Tensor]],
+    ) -> list[Tensor | None]:
+        """Pull back each seed; return for each source the answers stacked along a new axis 0."""
+        if not is_floating(target.dtype):
+            return [None] * len(sources)
+        y = _current(target)
+        wanted = self._wanted(sources)
+        found: list[list[Tensor | None]] = [[] for _ in sources]
+        for seed in seeds_of(y):
+            results = self._pull_back({y.id: seed}, wanted, consume=False)
+            for column, x in zip(found, sources, strict=True):
+                column.append(self._answer(x, results))
+        if not found or not found[0]:  # a target without elements: no row, but is there a path?
+            results = self._pull_back({y.id: ones_like(y)}, wanted, consume=False)
+            xp = _backend.module_of((y._array,))
+            return [
+                None if self._answer(x, results) is None else wrap(xp.zeros((0, *x.shape), x.dtype))
+                for x in sources
+            ]
+        stacked: list[Tensor | None] = []
+        for column, x in zip(found, sources, strict=True):
+            if all(r is None for r in column):
+                stacked.append(None)
+            else:
+                zero = zeros_like(x)
+                stacked.append(stack(*[zero if r is None else r for r in column]))
+        return stacked
+
+    def _check_independent(self, y: Operand, x: Operand, rows: Tensor) -> None:
+        """Compare one pull-back of random weights a row with what independence says it gives."""
+        weights = np.random.default_rng(0).uniform(1.0, 2.0, y.shape[0]).astype(y.dtype)
+        here = wrap(as_array(weights, xp=_backend.module_of((y._array,))))
+        seed = ones_like(y) * reshape(here, shape=(-1,) + (1,) * (y.ndim - 1))
+        got = self._answer(x, self._pull_back({_current(y).id: seed}, self._wanted([x]), False))
+        want = rows.numpy().sum(0) * weights.reshape((-1,) + (1,) * (x.ndim - 1))
+        scale = float(np.abs(want).max(initial=0.0)) + float(np.finfo(want.dtype).tiny)
+        error = float(np.abs((got if got is not None else zeros_like(x)).numpy() - want).max())
+        if error > scale * 100 * float(np.finfo(want.dtype).eps) * y.size:
+            raise ValueError(
+                "batch_jacobian: examples depend on each other (rows of the target change with "
+                "other rows of the source), so their Jacobian is no batch: use jacobian"
+            )
+
+    @contextmanager
+    def _reverse_pass(self, where: str) -> Iterator[None]:
+        """Stop recording unless the tape may go on, and let go of everything if it may not."""
+        if self._recorders is not None:
+            if self._persistent:
+                _warn_of_recorded_gradient()
+            else:
+                self._stop()
+        if not self._persistent:
+            self._spent = f"the first one was asked for at {where}"
+        try:
+            with np.errstate(all="ignore"):
+                yield
+        finally:
+            if not self._persistent:
+                self._release()
+
+    def _check_usable(self) -> None:
+        if self._active and self._thread != threading.get_ident():
+            raise RuntimeError(
+                "this tape is recording on another thread: take the gradient there, "
+                "or after that thread has left the tape's block"
+            )
+        if self._spent is not None:
+            error = RuntimeError(_USED_UP)
+            error.add_note(
+                f"{self._spent}. To ask more than once, create the tape with "
+                "GradientTape(persistent=True), or pass all sources in one call."
+            )
+            raise error
+        if not self._entered:
+            raise RuntimeError(
+                "this tape has not recorded anything: compute the target inside `with tape:`"
+            )
+
+    def _wanted(self, sources: Sequence[Operand]) -> set[int]:
+        wanted: set[int] = set()
+        for x in sources:
+            if isinstance(x, Variable):
+                wanted.update(self._versions.get(x.id, ()))
+                wanted.add(_current(x).id)
+            else:
+                wanted.add(x.id)
+        return wanted
+
+    def _needed(self, wanted: set[int]) -> dict[int, int]:
+        """Return the ids between the wanted ones and any target, and from which node they count."""
+        if not self._late and self._leaves <= wanted:
+            return self._watched  # every path begins at a source
+        needed = {key: self._watched[key] for key in wanted if key in self._watched}
+        for index, node in enumerate(self._nodes):
+            vjps = node.primitive.vjps
+            for i in _BITS[node.mask] if node.mask < 64 else _bits(node.mask):
+                since = needed.get(node.inputs[i].id)
+                if since is not None and since <= index and (not vjps or vjps[i] is not None):
+                    for y in node.outputs:
+                        needed.setdefault(y.id, index + 1)
+                    break
+        return needed
+
+    def _pull_back(
+        self, seeds: dict[int, Tensor], wanted: set[int], consume: bool
+    ) -> dict[int, Tensor]:
+        """Run the rules from the last operation to the first; return the wanted ids' gradients."""
+        needed = self._needed(wanted)
+        gradients = dict(seeds)
+        results: dict[int, Tensor] = {}
+        nodes = self._nodes
+        for index in range(len(nodes) - 1, -1, -1):
+            node = nodes.pop() if consume else nodes[index]
+            outputs = node.outputs
+            y: Any
+            g: Any
+            if len(outputs) == 1:
+                y = outputs[0]
+                g = gradients.pop(y.id, None)
+                if g is None:
+                    continue
+                if y.id in wanted:
+                    results[y.id] = g
+            else:
+                y = outputs
+                g = tuple([gradients.pop(part.id, None) for part in outputs])
+                for part, part_g in zip(outputs, g, strict=True):
+                    if part_g is not None and part.id in wanted:
+                        results[part.id] = part_g
+                if all(part_g is None for part_g in g):
+                    continue
+            try:
+                self._pull_through(node, index, g, y, needed, gradients)
+            except Exception as error:
+                error.add_note(f"raised in the gradient of {node.primitive.name}")
+                if not self._persistent:
+                    self._spent = f"an earlier gradient() failed in {node.primitive.name}"
+                raise
+        for key in wanted:
+            if key in gradients:
+                results[key] = gradients[key]
+        return results
+
+    def _pull_through(
+        self,
+        node: Node,
+        index: int,
+        g: Any,
+        y: Any,
+        needed: dict[int, int],
+        gradients: dict[int, Tensor],
+    ) -> None:
+        """Run one node's rules and add what they answer to its inputs' gradients."""
+        primitive, inputs, _, params, mask, where = node
+        positions = _BITS[mask] if mask < 64 else _bits(mask)
+        vjps = primitive.vjps
+        if vjps:
+            for i in positions:
+                rule = vjps[i]
+                if rule is None:
+                    continue
+                x = inputs[i]
+                since = needed.get(x.id)
+                if since is None or since > index:
+                    continue
+                _accumulate(gradients, x, rule(g, y, *inputs, **params))
+        elif primitive.joint_vjp is not None:
+            needs = [False] * len(inputs)
+            for i in positions:
+                since = needed.get(inputs[i].id)
+                needs[i] = since is not None and since <= index
+            if not any(needs):
+                return
+            answers = primitive.joint_vjp(tuple(needs), g, y, *inputs, **params)
+            for x, wants, answer in zip(inputs, needs, answers, strict=True):
+                if wants:
+                    _accumulate(gradients, x, answer)
+        elif any(needed.get(inputs[i].id, index + 1) <= index for i in positions):
+            raise LookupError(
+                f"no gradient rule is defined for {primitive.name}, called at {where}: "
+                "wrap the call in tg.custom_gradient, or in tg.stop_gradient"
+            )
+
+    def _answer(self, source: Operand, results: dict[int, Tensor]) -> Tensor | None:
+        if not is_floating(source.dtype):
+            return None
+        if not isinstance(source, Variable):
+            return results.get(source.id)
+        total: Tensor | None = None
+        keys = [*self._versions.get(source.id, ())]
+        if source._tensor is not None and source._tensor.id not in keys:
+            keys.append(source._tensor.id)
+        for key in keys:
+            part = results.get(key)
+            if part is not None:
+                total = part if total is None else add(total, part)
+        return total
+
+    def _fill_unconnected(
+        self,
+        answers: list[Any],
+        leaves: list[Operand],
+        unconnected: UnconnectedGradients,
+        sources: Any,
+        lead: tuple[int, ...] = (),
+    ) -> list[Any]:
+        if unconnected == "none" or all(answer is not None for answer in answers):
+            return answers
+        if unconnected == "raise":
+            paths = [path for path, _ in flatten_with_paths(sources, "sources")]
+            lost = [
+                f"{path} ({self._why_unconnected(x)})"
+                for path, x, answer in zip(paths, leaves, answers, strict=True)
+                if answer is None
+            ]
+            raise ValueError("the target does not depend on " + "; ".join(lost))
+        return [
+            wrap(_backend.module_of((x._array,)).zeros(lead + x.shape, x.dtype))
+            if answer is None
+            else answer
+            for answer, x in zip(answers, leaves, strict=True)
+        ]
+
+    def _why_unconnected(self, source: Operand) -> str:
+        if not is_floating(source.dtype):
+            return f"dtype {source.dtype} has no gradient: write 3.0 for 3"
+        if not isinstance(source, Variable):
+            watched = source.id in self._watched
+            return "no recorded path leads to it" if watched else "this tape does not watch it"
+        name = f"variable {source.name!r}"
+        if self._versions.get(source.id):
+            return f"{name} was read, but no recorded path leads to it"
+        if not source.trainable and source.id not in self._asked:
+            return f"{name} is not trainable and was not watched"
+        return f"{name} was not read while the tape recorded"
+
+    def _warn_of_late_watch(self, sources: list[Operand]) -> None:
+        for x in sources:
+            for key in self._wanted([x]):
+                if key in self._late:
+                    warnings.warn(
+                        f"a source was used by {self._late[key]} before it was watched: that use "
+                        "has no part in the gradient; watch it first",
+                        TapeWarning,
+                        stacklevel=3,
+                    )
+
+    def __repr__(self) -> str:
+        saved = {
+            x.id: x.nbytes
+            for node in self._nodes
+            for x in (*node.inputs, *node.outputs)
+            if type(x) is Tensor
+        }
+        doing = "recording" if self._recorders is not None else "holding"
+        return (
+            f"<GradientTape persistent={self._persistent} {doing} {len(self._nodes)} ops, "
+            f"{len(self._variables)} variables, {sum(saved.values()) / 2**20:.1f} MiB>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a GradientTape cannot be pickled or copied: keep the gradients, which can")
+
+
+def _accumulate(gradients: dict[int, Tensor], x: Any, g: Tensor | None) -> None:
+    """Add one path's gradient to the input's, at the input's own shape and dtype."""
+    if g is None:
+        return
+    array = g._array
+    if type(x) is Tensor:
+        source = x._array
+        if array.shape != source.shape or array.dtype != source.dtype:
+            g = fit(g, source.shape, source.dtype)
+    elif array.shape != x.shape or array.dtype != x.dtype:
+        g = fit(g, x.shape, x.dtype)
+    earlier = gradients.get(x.id)
+    gradients[x.id] = g if earlier is None else add(earlier, g)
+
+
+def _current(x: Operand) -> Tensor:
+    """Return an operand's value now, without any tape taking it for a use."""
+    if not isinstance(x, Variable):
+        return x._read()
+    recorders, state.recorders = state.recorders, []
+    try:
+        return x._read()
+    finally:
+        state.recorders = recorders
+
+
+_warned_of_recorded_gradient = False
+
+
+def _warn_of_recorded_gradient() -> None:
+    global _warned_of_recorded_gradient
+    if not _warned_of_recorded_gradient:
+        _warned_of_recorded_gradient = True
+        warnings.warn(
+            "calling gradient on a persistent tape inside its own block records the reverse pass "
+            "too, which costs time and memory: unless you want higher derivatives, call it "
+            "outside, or inside `with tape.stop_recording():`",
+            TapeWarning,
+            stacklevel=5,
+        )
+
+
+# ---- seeds of Jacobians
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _basis_seeds(y: Tensor) -> Iterator[Tensor]:
+    """Yield, for each element of y, a seed that is one there and zero elsewhere."""
+    xp = _backend.module_of((y._array,))
+    for i in range(y.size):
+        seed = xp.zeros(y.size, y.dtype)
+        seed[i] = 1
+        yield wrap(seed.reshape(y.shape))
+
+
+def _batch_seeds(y: Tensor) -> Iterator[Tensor]:
+    """Yield, for each element of a row of y, a seed that is one there in every row."""
+    xp = _backend.module_of((y._array,))
+    for i in range(_count(y.shape[1:])):
+        seed = xp.zeros((y.shape[0], _count(y.shape[1:])), y.dtype)
+        seed[:, i] = 1
+        yield wrap(seed.reshape(y.shape))

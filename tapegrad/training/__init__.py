@@ -1,0 +1,1 @@
+"""Training: models with `fit`, its progress line and its history."""
