@@ -163,6 +163,44 @@ def _load(cupy: types.ModuleType) -> None:
     _cupy, cupy_ndarray, numpy_alone = cupy, cupy.ndarray, False
 
 
+def facts() -> dict[str, str]:
+    """Return backend, device, versions, and whether kernels are in use, for people to read."""
+    import platform
+
+    from tapegrad.kernels import kernel_names
+
+    xp = default_module()
+    found = {
+        "backend": name_of(xp),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "numpy": np.__version__,
+    }
+    if xp is np:
+        cupy, problem, _ = _usable_cupy()
+        found["cupy"] = "usable, not chosen" if cupy is not None else f"not used: {problem}"
+        state = "not in use: NumPy computes the same values"
+    else:
+        runtime = xp.cuda.runtime
+        device = xp.cuda.Device()
+        properties = runtime.getDeviceProperties(device.id)
+        free, total = device.mem_info
+        found["cupy"] = xp.__version__
+        found["device"] = f"{properties['name'].decode()}, sm_{device.compute_capability}"
+        found["memory"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        found["cuda"] = (
+            f"driver {_version(runtime.driverGetVersion())}, "
+            f"runtime {_version(runtime.runtimeGetVersion())}"
+        )
+        state = "in use" if _kernels_enabled else "turned off by TAPEGRAD_KERNELS=0"
+    for source, names in kernel_names().items():
+        found[f"kernels {source}"] = f"{len(names)} {state}"
+    return found
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def is_array(value: object) -> bool:
     """Tell whether `value` is an array of either module (NumPy's scalars are not)."""
     if isinstance(value, np.ndarray):

@@ -14,7 +14,7 @@ from tapegrad.random import Generator
 from tapegrad.tensor import DEFAULT_FLOAT, ArrayLike, Tensor
 from tapegrad.variable import Variable
 
-_ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
     "linear": lambda x: as_tensor(x),
     "relu": nn.relu,
     "relu6": nn.relu6,
@@ -37,15 +37,15 @@ _ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
 def _activation(activation: Any) -> tuple[str, Callable[[Any], Tensor]]:
     """Return an activation's name and function."""
     if activation is None:
-        return "linear", _ACTIVATIONS["linear"]
-    if isinstance(activation, str) and activation in _ACTIVATIONS:
-        return activation, _ACTIVATIONS[activation]
-    for name, function in _ACTIVATIONS.items():
+        return "linear", ACTIVATIONS["linear"]
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return activation, ACTIVATIONS[activation]
+    for name, function in ACTIVATIONS.items():
         if activation is function:
             return name, function
     if callable(activation):
         return getattr(activation, "__name__", "custom"), activation
-    names = ", ".join(_ACTIVATIONS)
+    names = ", ".join(ACTIVATIONS)
     raise ValueError(f"activation must be a function or one of {names}, got {activation!r}")
 
 

@@ -32,7 +32,7 @@ _ALIGNMENT = 256
 
 
 def _like(p: Array, value: Any) -> Any:
-    return value.astype(p.dtype)
+    return value.astype(p.dtype)[()]
 
 
 def _sgd(xp: Module, p: Array, g: Array, learning_rate: Array) -> None:

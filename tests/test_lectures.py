@@ -17,7 +17,7 @@ import tapegrad as tg
 
 
 def printed(program: str) -> list[str]:
-    """Run a lecture's program, with tapegrad for TensorFlow, and return the lines that it prints."""
+    """Run a lecture's program, with tapegrad for TensorFlow; return the lines that it prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(program, {"tf": tg, "np": np})

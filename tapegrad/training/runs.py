@@ -1,0 +1,156 @@
+"""A training run from the command line: its settings, its model, and the folder that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tapegrad import data, layers, losses, optimizers, random
+from tapegrad._backend import backend
+from tapegrad._files import atomic_write
+from tapegrad.errors import FormatError
+from tapegrad.training.history import History
+from tapegrad.training.model import Sequential
+
+WEIGHTS, SETTINGS, HISTORY, CURVES = (
+    "weights.safetensors",
+    "settings.json",
+    "history.json",
+    "curves.png",
+)
+OPTIMIZERS: dict[str, Callable[[float], optimizers.Optimizer]] = {
+    "sgd": optimizers.SGD,
+    "momentum": lambda rate: optimizers.SGD(rate, momentum=0.9),
+    "nesterov": lambda rate: optimizers.SGD(rate, momentum=0.9, nesterov=True),
+    "adagrad": optimizers.Adagrad,
+    "rmsprop": optimizers.RMSprop,
+    "adam": optimizers.Adam,
+    "adamw": optimizers.AdamW,
+}
+# What a name means when no rate is given: gradient descent needs larger steps than Adam.
+LEARNING_RATES = {"sgd": 0.1, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.02}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run: the same settings give the same weights on the same machine."""
+
+    data: str = "digits"
+    hidden: tuple[int, ...] = (128,)
+    activation: str = "relu"
+    dropout: float = 0.0
+    optimizer: str = "adam"
+    learning_rate: float | None = None
+    batch_size: int = 128
+    epochs: int = 10
+    seed: int = 0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, the optimiser's usual one if none was given."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATES.get(self.optimizer, 1e-3)
+
+
+def build(settings: Settings, features: int, classes: int) -> Sequential:
+    """Return the multi-layer perceptron that the settings describe, with its Variables made."""
+    stack: list[layers.Layer] = []
+    for units in settings.hidden:
+        stack.append(layers.Dense(units, settings.activation, kernel_initializer="he_normal"))
+        if settings.dropout:
+            stack.append(layers.Dropout(settings.dropout))
+    stack.append(layers.Dense(classes))
+    model = Sequential(stack)
+    model.build((None, features))
+    model.compile(
+        OPTIMIZERS[settings.optimizer](settings.rate),
+        losses.SparseCategoricalCrossentropy(from_logits=True),
+        ["accuracy"],
+    )
+    return model
+
+
+def train(
+    settings: Settings, dataset: data.Dataset, output: Path, backend_name: str, verbose: int
+) -> tuple[History, dict[str, float]]:
+    """Train, evaluate on the test images after each epoch, and write the run's folder.
+
+    Returns the history, and the loss and accuracy on the test images at the end.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with backend(backend_name):
+        random.seed(settings.seed)
+        model = build(settings, dataset.train_images.shape[1], len(dataset.classes))
+        held_out = (dataset.test_images, dataset.test_labels)
+        history = model.fit(
+            dataset.train_images,
+            dataset.train_labels,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            validation_data=held_out,
+            verbose=verbose,
+        )
+        final = model.evaluate(*held_out, batch_size=1024, return_dict=True)
+    model.save_weights(output / WEIGHTS)
+    history.save(output / HISTORY)
+    facts = {"features": dataset.train_images.shape[1], "classes": len(dataset.classes)}
+    with atomic_write(output / SETTINGS) as file:
+        file.write(json.dumps(asdict(settings) | facts, indent=1).encode())
+    return history, final
+
+
+def evaluate(folder: Path, dataset: data.Dataset | None, backend_name: str) -> dict[str, float]:
+    """Return the test loss and accuracy of the model that a run's folder holds.
+
+    dataset  None: the data set that the run was trained on.
+
+    Raises `FormatError` for a folder whose settings are broken, `FileNotFoundError` for none.
+    """
+    settings, features, classes = read_settings(folder)
+    dataset = data.load(settings.data) if dataset is None else dataset
+    if dataset.test_images.shape[1] != features:
+        raise ValueError(
+            f"the model in {folder} takes {features} numbers an image, "
+            f"{dataset.name} has {dataset.test_images.shape[1]}"
+        )
+    with backend(backend_name):
+        model = build(settings, features, classes)
+        model.load_weights(folder / WEIGHTS)
+        found: dict[str, float] = model.evaluate(
+            dataset.test_images, dataset.test_labels, batch_size=1024, return_dict=True
+        )
+    return found
+
+
+def read_settings(folder: Path) -> tuple[Settings, int, int]:
+    """Return a run's settings, and its model's numbers of inputs and classes."""
+    path = folder / SETTINGS
+    if os.path.getsize(path) > 1 << 16:
+        raise FormatError(f"{path}: byte 0: settings take at most 64 KiB")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: byte {getattr(error, 'pos', 0)}: no JSON: {error}") from None
+    names = {field.name for field in fields(Settings)} | {"features", "classes"}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise FormatError(f"{path}: byte 0: settings must name exactly {', '.join(sorted(names))}")
+    features, classes = found.pop("features"), found.pop("classes")
+    hidden = found["hidden"]
+    numbers = [features, classes, *(hidden if isinstance(hidden, list) else [None])]
+    if not all(type(n) is int and 0 < n < 1 << 24 for n in numbers):
+        raise FormatError(f"{path}: byte 0: sizes of layers must be positive integers")
+    if found["optimizer"] not in OPTIMIZERS or found["activation"] not in layers.ACTIVATIONS:
+        raise FormatError(f"{path}: byte 0: unknown optimizer or activation")
+    return Settings(**{**found, "hidden": tuple(hidden)}), features, classes
+
+
+def describe(settings: Settings) -> str:
+    """Return the settings in one line."""
+    given: dict[str, Any] = asdict(settings) | {"learning_rate": settings.rate}
+    given["hidden"] = "-".join(map(str, settings.hidden))
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())

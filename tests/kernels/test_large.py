@@ -1,0 +1,158 @@
+"""Offsets past 2^32 elements: a grid's last block alone, on memory of which it touches little."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+from cpu_kernels import kernels_on_cpu
+
+from tapegrad.kernels import (
+    linear_relu,
+    optimizers,
+    random,
+    scatter_add,
+    softmax_cross_entropy,
+)
+
+MAP_NORESERVE = 0x4000
+PAST = 2**32
+
+
+def sparse(*shape, dtype="f4"):
+    """Return zeros of which only the pages that are touched take memory."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        pytest.skip(f"no {size >> 30} GiB of address space: {error}")
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def run_end(module, name, grid, block, *arguments, blocks=1):
+    """Launch a kernel, but run only the last `blocks` of its grid."""
+    skip = int(np.prod(grid)) - blocks
+    module._SOURCE.kernel(name)(grid, block, arguments, skip=skip)
+
+
+# 65535 blocks down of 8 rows each, the most there are, and so many columns that the end is past.
+ROWS, COLUMNS = 65535 * 8, 8200
+GRID, BLOCK = (257, 65535), (32, 8)
+CORNER = np.s_[-8:, -8:]  # what the last block sees
+
+
+def corner_values():
+    return np.random.default_rng(0).normal(size=(8, 8)).astype("f4")
+
+
+def test_bias_relu():
+    with kernels_on_cpu():
+        y, bias = sparse(ROWS, COLUMNS), np.full(COLUMNS, 0.5, "f4")
+        y[CORNER] = corner_values()
+        sizes = (np.int64(ROWS), np.int32(COLUMNS))
+        run_end(linear_relu, "tapegrad_bias_relu<float, 1>", GRID, BLOCK, y, bias, *sizes)
+        np.testing.assert_array_equal(y[CORNER], np.maximum(corner_values() + np.float32(0.5), 0))
+
+
+def test_linear_relu_grad():
+    with kernels_on_cpu():
+        g, y, gz = sparse(ROWS, COLUMNS), sparse(ROWS, COLUMNS), sparse(ROWS, COLUMNS)
+        partial = sparse(GRID[1], COLUMNS)
+        g[CORNER] = y[CORNER] = corner_values()
+        run_end(
+            *(linear_relu, "tapegrad_linear_relu_grad<float, 1>", GRID, BLOCK, g, y, gz),
+            *(None, partial, np.int64(ROWS), np.int32(COLUMNS), np.int64(8)),
+        )
+        want = np.maximum(corner_values(), 0)
+        np.testing.assert_array_equal(gz[CORNER], want)
+        np.testing.assert_allclose(partial[-1, -8:], want.sum(0), 1e-6)
+
+
+def check_scatter_add():
+    values, out = sparse(ROWS, COLUMNS), sparse(ROWS, COLUMNS)
+    values[CORNER] = corner_values()
+    index = np.arange(ROWS)
+    run_end(
+        *(scatter_add, "tapegrad_scatter_add<float>", GRID, BLOCK),
+        *(values, index, index, out, np.int64(ROWS), np.int32(COLUMNS)),
+    )
+    np.testing.assert_array_equal(out[CORNER], corner_values())
+
+
+def test_scatter_add():
+    with kernels_on_cpu():
+        check_scatter_add()
+
+
+@pytest.mark.parametrize(
+    ("form", "columns", "threads", "lanes"),
+    [("short<float, 8>", 250, 128, [np.int32(32)]), ("long<float, 1>", 50001, 256, [])],
+)
+def test_cross_entropy(form, columns, threads, lanes):
+    rows = PAST // columns + 2
+    blocks = -(-rows // (threads // 32)) if lanes else rows
+    with kernels_on_cpu():
+        x, q, dx = (sparse(rows, columns) for _ in range(3))
+        loss, labels = sparse(rows), sparse(rows, dtype="i8")
+        x[-1, -1], q[-1, -1], labels[-1] = 3, 1, columns - 1
+        sizes = (np.int64(rows), np.int32(columns), *lanes)
+        log_sum = np.log(np.exp(3.0) + columns - 1)
+        smoothing = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1))
+        for target, extra in ((labels, smoothing), (q, ())):
+            kind = "probability" if target is q else "label"
+            name = f"tapegrad_{kind}_cross_entropy_{form}"
+            loss[-1] = dx[-1, -1] = 7
+            run_end(
+                *(softmax_cross_entropy, name, (blocks,), (threads,)),
+                *(x, target, loss, dx, *sizes, *extra),
+            )
+            np.testing.assert_allclose(loss[-1], log_sum - 3, 1e-5)
+            np.testing.assert_allclose(dx[-1, -1], np.exp(3 - log_sum) - 1, 1e-5)
+
+
+def check_sgd(width):
+    count = PAST + 4 * 200 + 3
+    p, g = sparse(count), sparse(count)
+    g[-300:] = 1
+    grid = (-(-count // width // 256),)
+    run_end(
+        *(optimizers, f"tapegrad_sgd<float, {width}>", grid, (256,)),
+        *(p, g, np.int64(count), np.array(2.0)),
+    )
+    assert p[-4] == -2  # in the last block's last pack; the tail of 3 is the first block's
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_optimizers(width):
+    with kernels_on_cpu():
+        check_sgd(width)
+
+
+def test_philox():
+    count = PAST + 6
+    with kernels_on_cpu():
+        out = sparse(count, dtype="u8")
+        words = [np.uint64(w) for w in (1, 0, 6, 0, 0, 0)]  # key 1; counter 5, incremented
+        grid = (-(-count // 4 // 256),)
+        run_end(random, "tapegrad_philox", grid, (256,), out, np.int64(count), *words)
+        want = np.random.Philox(key=1, counter=5 + PAST // 4).random_raw(6)
+        np.testing.assert_array_equal(out[-6:], want)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "check"),
+    [
+        ("load(const T *base, index_t pack)", "load(const T *base, unsigned pack)", check_sgd),
+        ("out[row * columns + c]", "out[unsigned(row * columns + c)]", check_scatter_add),
+        (
+            "values[order[k] * columns + c]",
+            "values[int(order[k] * columns + c)]",
+            check_scatter_add,
+        ),
+    ],
+)
+def test_offsets_of_32_bits_are_found(was, now, check):
+    with kernels_on_cpu(change=(was, now)), pytest.raises(AssertionError):
+        check(*([1] if check is check_sgd else []))

@@ -1,0 +1,252 @@
+"""Fused primitives against the plain composition, to second order, and with their kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tapegrad as tg
+from tapegrad import _backend
+from tapegrad.primitive import primitives
+
+sys.path.insert(0, str(Path(__file__).parent / "cpu_cuda"))
+from cpu_kernels import kernels_on_cpu
+
+SIZES = [1, 31, 32, 33, 257]
+
+
+# ---- the plain compositions
+
+
+def plain_linear_relu(x, w, b):
+    return tg.nn.relu(x @ w + b)
+
+
+def plain_label_loss(x, labels, smoothing=0.0):
+    p = tg.nn.log_softmax(x)
+    target = (
+        tg.one_hot(labels, x.shape[1], dtype=x.dtype) * (1 - smoothing) + smoothing / x.shape[1]
+    )
+    return -tg.sum(target * p, axis=1)
+
+
+def plain_probability_loss(x, q):
+    return -tg.sum(tg.nn.log_softmax(x) * q, axis=1)
+
+
+# ---- derivatives of both
+
+
+def derivatives(function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Return value, gradients, and gradients of a weighted sum of the gradients."""
+    xs = [tg.constant(a) for a in arrays]
+    weigh = lambda y, k: tg.sum(y * np.cos(k + np.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+    with tg.GradientTape() as outer:
+        outer.watch(xs)
+        with tg.GradientTape() as inner:
+            inner.watch(xs)
+            y = function(*xs)
+            total = weigh(y, 0)
+        first = inner.gradient(total, xs)
+        again = sum(weigh(g, i) for i, g in enumerate(first, 1))
+    second = outer.gradient(again, xs, unconnected_gradients="zero")
+    return [t.numpy() for t in (y, *first, *second)]
+
+
+def assert_same(fused: Callable, plain: Callable, *arrays: np.ndarray, rtol: float = 1e-11) -> None:
+    for got, want in zip(derivatives(fused, *arrays), derivatives(plain, *arrays), strict=True):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
+
+
+def normal(*shape: int, dtype: str = "float64", seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+@contextlib.contextmanager
+def kernels_run(monkeypatch: pytest.MonkeyPatch, mode: str = "fast") -> Iterator[list[str]]:
+    """Let primitives try their kernels on NumPy arrays; yield the names of those that ran."""
+    ran: list[str] = []
+
+    def noting(name, kernel):
+        def call(*arguments, **options):
+            answer = kernel(*arguments, **options)
+            if answer is not None:
+                ran.append(name)
+            return answer
+
+        return call
+
+    with kernels_on_cpu(mode), monkeypatch.context() as patch:
+        patch.setattr(_backend, "runs_kernels", lambda xp: True)
+        patch.setattr(_backend, "numpy_alone", False)
+        for name, primitive in primitives.items():
+            if primitive.kernel is not None:
+                patch.setattr(primitive, "kernel", noting(name, primitive.kernel))
+        yield ran
+
+
+# ---- on any machine
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_linear(n):
+    arrays = normal(n, 5), normal(5, 7, seed=1), normal(7, seed=2)
+    assert_same(tg.nn.linear, lambda x, w, b: x @ w + b, *arrays)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_linear_relu(n):
+    assert_same(
+        tg.nn.linear_relu, plain_linear_relu, normal(n, 5), normal(5, 7, seed=1), normal(7, seed=2)
+    )
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4)])
+def test_linear_takes_any_number_of_leading_axes(shape):
+    arrays = normal(*shape), normal(4, 3, seed=1), normal(3, seed=2)
+    assert_same(tg.nn.linear_relu, plain_linear_relu, *arrays)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("n", "classes"), [(1, 2), (5, 10), (33, 257)])
+def test_label_cross_entropy(n, classes, smoothing):
+    labels = np.random.default_rng(3).integers(0, classes, n)
+    assert_same(
+        lambda x: tg.nn.softmax_cross_entropy(
+            x, labels, label_smoothing=smoothing, reduction="none"
+        ),
+        lambda x: plain_label_loss(x, labels, smoothing),
+        normal(n, classes),
+    )
+
+
+@pytest.mark.parametrize(("n", "classes"), [(1, 2), (5, 10), (33, 257)])
+def test_probability_cross_entropy(n, classes):
+    q = np.abs(normal(n, classes, seed=4))
+    assert_same(
+        lambda x, q: tg.nn.softmax_cross_entropy(x, q, reduction="none"),
+        plain_probability_loss,
+        normal(n, classes),
+        q,
+        rtol=1e-10,
+    )
+
+
+def test_third_order():
+    labels = np.array([0, 2])
+    fused = lambda x: tg.nn.softmax_cross_entropy(x, labels)
+    plain = lambda x: tg.mean(plain_label_loss(x, labels))
+    for f in (fused, plain):
+        tg.testing.check_gradients(f, [normal(2, 3)], order=3, rtol=1e-5)
+    tg.testing.check_gradients(
+        lambda x, w, b: tg.nn.linear_relu(x, w, b) ** 3,
+        [np.abs(normal(2, 3)), np.abs(normal(3, 2)) + 0.1, np.ones(2)],
+        order=3,
+        rtol=1e-5,
+    )
+
+
+def test_nan_stays_nan_and_its_gradient_is_zero():
+    x = tg.Variable([[np.nan, 1.0]])
+    w, b = tg.constant(np.eye(2, dtype="f4")), tg.zeros(2)
+    with tg.GradientTape(persistent=True) as tape:
+        y = tg.nn.relu(x)
+        z = tg.nn.linear_relu(tg.constant([[np.nan, 1.0]]), w, b)
+    assert np.isnan(y.numpy()[0, 0])
+    assert np.isnan(z.numpy()).all()
+    np.testing.assert_array_equal(tape.gradient(y, x).numpy(), [[0.0, 1.0]])
+
+
+def test_a_dead_unit_passes_nothing_even_of_an_infinite_gradient():
+    x = tg.Variable([-1.0, 2.0])
+    with tg.GradientTape() as tape:
+        y = tg.nn.relu(x)
+    got = tape.gradient(y, x, output_gradients=[np.inf, np.inf]).numpy()
+    np.testing.assert_array_equal(got, [0.0, np.inf])
+
+
+# ---- with the CUDA kernels, run on the CPU
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("n", [1, 33])
+def test_with_kernels(n, dtype, monkeypatch):
+    rtol = 1e-11 if dtype == "float64" else 2e-5
+    labels = np.random.default_rng(5).integers(0, 7, n)
+    x, w, b = normal(n, 5, dtype=dtype), normal(5, 7, dtype=dtype), normal(7, dtype=dtype)
+
+    def network(x, w, b):
+        hidden = tg.nn.linear_relu(x, w, b)
+        return tg.nn.softmax_cross_entropy(hidden, labels, reduction="none")
+
+    want = derivatives(network, x, w, b)
+    with kernels_run(monkeypatch) as ran:
+        got = derivatives(network, x, w, b)
+    assert {"linear_relu", "linear_relu_grad", "label_cross_entropy_with_grad"} <= set(ran)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+
+
+def test_kernels_decline_what_they_were_not_written_for(monkeypatch):
+    transposed = normal(4, 6, dtype="float32").T
+    labels = np.zeros(6, np.int64)
+    cases = [
+        lambda: tg.nn.softmax_cross_entropy(tg.constant(transposed.T).T, labels),
+        lambda: tg.nn.softmax_cross_entropy(tg.zeros((0, 3)), np.zeros(0, int), reduction="sum"),
+        lambda: tg.nn.linear_relu(tg.zeros((0, 3)), tg.zeros((3, 2)), tg.zeros(2)),
+    ]
+    want = [case().numpy() for case in cases]
+    with kernels_run(monkeypatch) as ran:
+        got = [case().numpy() for case in cases]
+    assert ran == []
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Adagrad", "RMSprop", "Adam", "AdamW"])
+def test_training_with_kernels_equals_training_without(name, monkeypatch):
+    images, labels = normal(24, 6, dtype="float32"), np.random.default_rng(6).integers(0, 4, 24)
+
+    def train():
+        tg.random.seed(1)
+        model = tg.Sequential(
+            [tg.layers.Dense(5, "relu"), tg.layers.Dropout(0.2), tg.layers.Dense(4)]
+        )
+        optimizer = (
+            tg.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
+            if name == "Momentum"
+            else getattr(tg.optimizers, name)(0.01)
+        )
+        model.compile(optimizer, tg.losses.SparseCategoricalCrossentropy(from_logits=True))
+        history = model.fit(images, labels, batch_size=8, epochs=3, seed=2)
+        return history.history["loss"], [w.numpy() for w in model.variables]
+
+    losses, weights = train()
+    with kernels_run(monkeypatch) as ran:
+        update = {"Momentum": "momentum", "AdamW": "adam"}.get(name, name.lower())
+        from tapegrad import optimizers
+
+        rule = getattr(optimizers, f"{update}_update")
+        kernel = rule.kernel
+        monkeypatch.setattr(rule, "kernel", lambda *a, **k: ran.append(update) or kernel(*a, **k))
+        losses_with, weights_with = train()
+    assert {update, "linear_relu", "random_bits"} <= set(ran)
+    np.testing.assert_allclose(losses_with, losses, rtol=1e-5)
+    for a, b in zip(weights_with, weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gather_with_the_kernel(monkeypatch):
+    x, rows = normal(4, 3), [0, 0, 2, -1]
+    want = derivatives(lambda x: x[rows] ** 3, x)
+    with kernels_run(monkeypatch) as ran:
+        got = derivatives(lambda x: x[rows] ** 3, x)
+    assert "scatter_add" in ran
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14)
