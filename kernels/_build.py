@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ MAX_BLOCKS = 2048
 MAX_COLUMNS = 2**30  # column numbers are 32 bits in the kernels
 _MAX_GRID_Y = 65535  # the hardware's
 
-_FOLDER = Path(__file__).parent
+_FOLDER = os.path.dirname(__file__)
 _CPP_TYPES = {
     np.dtype(np.float32): "float",
     np.dtype(np.float64): "double",
@@ -46,6 +46,11 @@ def _cupy_raw_module(**arguments: Any) -> Any:
 raw_module: Callable[..., Any] = _cupy_raw_module
 
 
+def _text(file: str) -> str:
+    with open(os.path.join(_FOLDER, file), encoding="utf-8") as source:
+        return source.read()
+
+
 class Source:
     """One `.cu` file beside this one, whose kernels are built at first use.
 
@@ -61,11 +66,7 @@ class Source:
 
     def code(self) -> str:
         """Return the text to compile, its own headers pasted in."""
-        return re.sub(
-            r'#include "(.+)"\n',
-            lambda match: (_FOLDER / match[1]).read_text(),
-            (_FOLDER / self.file).read_text(),
-        )
+        return re.sub(r'#include "(.+)"\n', lambda match: _text(match[1]), _text(self.file))
 
     def kernel(self, name: str) -> Kernel:
         """Return a kernel, called as `kernel(grid, block, arguments)`.

@@ -97,6 +97,7 @@ class Generator:
 
     def __init__(self, seed: int | None = None) -> None:
         self._lock = threading.Lock()
+        self._key: int | None = None
         with _backend.backend("numpy"):
             self.counter = Variable(np.int64(0), trainable=False, name="random_counter")
         self.seed(seed)
@@ -105,9 +106,16 @@ class Generator:
         """Begin the stream of another seed, or the same one anew."""
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
             raise ValueError(f"a seed is an integer >= 0 or None, got {seed!r}")
-        low, high = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-        self.key = int(high) << 64 | int(low)
+        self._seed, self._key = seed, None
         self.counter.assign(0)
+
+    @property
+    def key(self) -> int:
+        """The stream's 128-bit key, made of the seed when first asked for."""
+        if self._key is None:
+            low, high = np.random.SeedSequence(self._seed).generate_state(2, np.uint64)
+            self._key = int(high) << 64 | int(low)
+        return self._key
 
     def _draw(self, numbers: int, bits_each: int) -> Tensor:
         """Return bits for so many numbers, and move on."""

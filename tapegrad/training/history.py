@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
-
-from tapegrad._files import atomic_write
 
 
 class History:
@@ -31,6 +27,10 @@ class History:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the history as JSON."""
+        import json
+
+        from tapegrad._files import atomic_write
+
         text = json.dumps({"epoch": self.epoch, **self.history}, indent=1)
         with atomic_write(path) as file:
             file.write(text.encode())
@@ -41,7 +41,7 @@ class History:
         Raises `ImportError` with the cure where matplotlib is not installed.
         """
         figure = _curves(self)
-        figure.savefig(Path(path), dpi=120)
+        figure.savefig(os.fspath(path), dpi=120)
 
     def __repr__(self) -> str:
         last = ", ".join(f"{name}={values[-1]:.4g}" for name, values in self.history.items())

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from tapegrad import losses, optimizers, safetensors
+from tapegrad import losses, optimizers
 from tapegrad import metrics as metrics_module
 from tapegrad._structure import flatten
 from tapegrad.data.batches import Batches
@@ -242,6 +242,8 @@ class Model(Layer):
 
         Names are paths such as "layers.0.kernel". Raises `ValueError` where there are none.
         """
+        from tapegrad import safetensors
+
         found = self._check_built("save_weights")
         arrays = {name: variable.numpy() for name, variable in found.items()}
         safetensors.save(path, arrays, {"format": "tapegrad"})
@@ -252,6 +254,8 @@ class Model(Layer):
         Nothing in the file is executed, and nothing is changed unless all of it fits. Raises
         `FormatError` for a broken file, `ValueError` for names and shapes that are not the model's.
         """
+        from tapegrad import safetensors
+
         found = self._check_built("load_weights")
         arrays, _ = safetensors.load(path)
         if found.keys() != arrays.keys():
