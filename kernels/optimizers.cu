@@ -28,12 +28,15 @@ template <typename T> struct Momentum {
   }
 };
 
+// With epsilon 0 a parameter that never had a gradient has 0 / 0: it does not move.
+template <typename T> __device__ T ratio(T a, T b) { return b == T(0) ? T(0) : a / b; }
+
 template <typename T> struct Adagrad {
   static constexpr int kSlots = 1;
   T rate, epsilon;
   __device__ void operator()(T &p, T &a, T &, T g) const {
     a += g * g;
-    p -= rate * g / (sqrt(a) + epsilon);
+    p -= ratio(rate * g, sqrt(a) + epsilon);
   }
 };
 
@@ -42,7 +45,7 @@ template <typename T> struct RmsProp {
   T rate, rho, one_minus_rho, epsilon;
   __device__ void operator()(T &p, T &v, T &, T g) const {
     v = rho * v + one_minus_rho * (g * g);
-    p -= rate * g / (sqrt(v) + epsilon);
+    p -= ratio(rate * g, sqrt(v) + epsilon);
   }
 };
 
@@ -54,7 +57,7 @@ template <typename T> struct Adam {
   __device__ void operator()(T &p, T &m, T &v, T g) const {
     m = beta_1 * m + one_minus_beta_1 * g;
     v = beta_2 * v + one_minus_beta_2 * (g * g);
-    p -= rate * m / (sqrt(v) * spread + epsilon) + decay * p;
+    p -= ratio(rate * m, sqrt(v) * spread + epsilon) + decay * p;
   }
 };
 

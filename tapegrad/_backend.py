@@ -127,13 +127,12 @@ def _usable_cupy() -> tuple[Module | None, str | None, bool]:
     """Return (CuPy or None, why it cannot run, whether it is installed)."""
     try:
         import cupy
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
-        return (
-            None,
-            "CuPy is not installed" if missing else f"importing it failed: {error}",
-            not (missing),
-        )
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            return None, "CuPy is not installed", False
+        return None, f"importing it failed: {error}", True
+    except Exception as error:  # built for another NumPy, say
+        return None, f"importing it failed: {type(error).__name__}: {error}", True
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return None, "no CUDA device was found", True

@@ -209,6 +209,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
         OSError: if any step fails; the temporary file is removed first.
 
     >>> import pathlib, tempfile
+    >>> from tapegrad._files import atomic_write
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     target = pathlib.Path(folder, "notes.txt")
     ...     with atomic_write(target) as file:

@@ -42,7 +42,7 @@ class Buffer:
         self._members: list[weakref.ref[_Member]] = []
         self._tensors: list[weakref.ref[_HoldsArray]] = []
         self._prune_at = 32
-        key = id(array)
+        key = id(owner_of(array))
         _buffers[key] = weakref.ref(self, lambda _: _buffers.pop(key, None))
 
     def add_member(self, variable: _Member) -> None:

@@ -76,6 +76,13 @@ def check_sources(sources: Any) -> list[Operand]:
     return leaves
 
 
+def check_chunk(parallel_iterations: Any, chunk_size: Any) -> None:
+    """Refuse numbers of rows that are none."""
+    for name, value in (("parallel_iterations", parallel_iterations), ("chunk_size", chunk_size)):
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"{name} must be a whole number above 0 or None, got {value!r}")
+
+
 def check_scalar_targets(targets: list[Operand], weights: list[Tensor | None]) -> None:
     """Object, if the settings say so, to targets whose elements would be summed silently."""
     if config.scalar_targets == "sum":

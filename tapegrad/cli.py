@@ -51,7 +51,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--download", action="store_true", help="fetch a named data set that is not there"
     )
     parser.add_argument(
-        "--backend", choices=_backend.NAMES, default="auto", help="where to compute (auto)"
+        "--backend", choices=_backend.NAMES, help="where to compute (TAPEGRAD_BACKEND, else auto)"
     )
 
 
@@ -187,6 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
+    except MemoryError as error:
+        print(f"{parser.prog} {parsed.command}: not enough memory: {error}", file=sys.stderr)
+        return 2
     except (ValueError, FormatError, OSError, RuntimeError) as error:
         # One line, whatever it was: what is wrong, and by tapegrad's own habit what to do.
         text = " ".join(str(error).split())

@@ -143,12 +143,17 @@ def _softmax_forward(xp: Module, x: Array, *, axis: int) -> Array:
     return y
 
 
+def _softmax_product(g: Tensor, p: Tensor, axis: int) -> Tensor:
+    """Return p * (g - sum(p * g)): the derivative of softmax, and of a gradient by logits."""
+    product = ew.scale(g, p)
+    total = reductions.sum(product, axis=axis, keepdims=True)
+    return ew.subtract(product, ew.scale(total, p))
+
+
 softmax: Primitive = primitive(
     "softmax",
     _softmax_forward,
-    lambda g, y, _x, *, axis: ew.multiply(
-        y, ew.subtract(g, reductions.sum(ew.multiply(g, y), axis=axis, keepdims=True))
-    ),
+    lambda g, y, _x, *, axis: _softmax_product(g, y, axis),
 )
 
 
@@ -162,7 +167,7 @@ log_softmax: Primitive = primitive(
     "log_softmax",
     _log_softmax_forward,
     lambda g, y, _x, *, axis: ew.subtract(
-        g, ew.multiply(ew.exp(y), reductions.sum(g, axis=axis, keepdims=True))
+        g, ew.scale(reductions.sum(g, axis=axis, keepdims=True), ew.exp(y))
     ),
 )
 
@@ -220,10 +225,7 @@ def _label_loss(
 
 def _label_hessian(logits: Tensor, labels: Tensor, G: Tensor, ignore_label: int | None) -> Tensor:
     """Return the Hessian of each row's loss times G: p * (G - sum(p * G)), 0 for ignored rows."""
-    p = softmax(logits, axis=1)
-    product = ew.multiply(
-        p, ew.subtract(G, reductions.sum(ew.multiply(p, G), axis=1, keepdims=True))
-    )
+    product = _softmax_product(G, softmax(logits, axis=1), 1)
     classes = logits.shape[1]
     counted = ew.logical_and(ew.greater_equal(labels, 0), ew.less(labels, classes))
     if ignore_label is not None:
@@ -244,7 +246,7 @@ def _label_vjp(
     of_loss, of_gradient = g
     total = None
     if of_loss is not None:
-        total = ew.multiply(_reshape(of_loss, shape=(*of_loss.shape, 1)), y[1])
+        total = ew.scale(_reshape(of_loss, shape=(*of_loss.shape, 1)), y[1])
     if of_gradient is not None:
         part = _label_hessian(logits, labels, of_gradient, ignore_label)
         total = part if total is None else ew.add(total, part)
@@ -299,17 +301,17 @@ def _probability_vjp(
     if of_loss is not None:
         column = _reshape(of_loss, shape=(*of_loss.shape, 1))
         if needs[0]:
-            of_logits = ew.multiply(column, y[1])
+            of_logits = ew.scale(column, y[1])
         if needs[1]:
             of_targets = ew.negative(ew.scale(column, log_softmax(logits, axis=1)))
     if of_gradient is not None:
         p = softmax(logits, axis=1)
-        inner = reductions.sum(ew.multiply(p, of_gradient), axis=1, keepdims=True)
         if needs[0]:
             weight = reductions.sum(targets, axis=1, keepdims=True)
-            part = ew.multiply(weight, ew.multiply(p, ew.subtract(of_gradient, inner)))
+            part = ew.multiply(weight, _softmax_product(of_gradient, p, 1))
             of_logits = part if of_logits is None else ew.add(of_logits, part)
         if needs[1]:
+            inner = reductions.sum(ew.scale(of_gradient, p), axis=1, keepdims=True)
             part = ew.subtract(inner, of_gradient)
             of_targets = part if of_targets is None else ew.add(of_targets, part)
     return of_logits, of_targets

@@ -130,7 +130,7 @@ def _snake_case(name: str) -> str:
 def _children(owner: Any) -> Iterator[tuple[str, Any]]:
     """Yield (path, child) for the Variables and Layers in an object's attributes."""
     for name, value in vars(owner).items():
-        yield from _found(name.lstrip("_"), value)
+        yield from _found(name, value)
 
 
 def _found(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -138,7 +138,8 @@ def _found(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
     elif isinstance(value, dict):
         for key, child in value.items():
-            yield from _found(f"{path}.{key}", child)
+            plain = isinstance(key, str) and "." not in key
+            yield from _found(f"{path}.{key}" if plain else f"{path}.[{key!r}]", child)
     elif isinstance(value, (list, tuple)):
         for i, child in enumerate(value):
             yield from _found(f"{path}.{i}", child)

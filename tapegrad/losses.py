@@ -8,33 +8,13 @@ from typing import Any
 import numpy as np
 
 from tapegrad import nn
-from tapegrad.linear import reshape as _reshape
+from tapegrad._targets import as_columns, labels_and_scores, over_features, pair
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import reductions
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.tensor import ArrayLike, Tensor
 
 LossFunction = Callable[..., Tensor]
-
-
-def _pair(name: str, y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Tensor, Tensor]:
-    """Return targets and predictions of one shape and type; (n,) goes with (n, 1)."""
-    t, p = as_tensor(y_true), as_tensor(y_pred)
-    if t.shape != p.shape and t.size == p.size and _without_last_one(t) == _without_last_one(p):
-        t = _reshape(t, shape=p.shape)
-    if t.shape != p.shape:
-        raise ValueError(
-            f"[{name}] y_true and y_pred must have one shape, got {t.shape} and {p.shape}"
-        )
-    return ew.astype(t, p.dtype, copy=False), p
-
-
-def _without_last_one(x: Tensor) -> tuple[int, ...]:
-    return x.shape[:-1] if x.shape[-1:] == (1,) else x.shape
-
-
-def _over_features(losses: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    return losses if losses.ndim == 0 else reduce(losses, axis=-1)
 
 
 def mean_squared_error(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
@@ -45,8 +25,8 @@ def mean_squared_error(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     >>> print(tg.losses.mean_squared_error([[1.0, 2.0]], [[1.0, 4.0]]))
     tg.Tensor([2.], shape=(1,), dtype=float32)
     """
-    t, p = _pair("mean_squared_error", y_true, y_pred)
-    return _over_features(ew.square(ew.subtract(t, p)), reductions.mean)
+    t, p = pair("mean_squared_error", y_true, y_pred)
+    return over_features(ew.square(ew.subtract(t, p)), reductions.mean)
 
 
 def mean_absolute_error(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
@@ -57,8 +37,8 @@ def mean_absolute_error(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     >>> print(tg.losses.mean_absolute_error([[1.0, 2.0]], [[1.0, 4.0]]))
     tg.Tensor([1.], shape=(1,), dtype=float32)
     """
-    t, p = _pair("mean_absolute_error", y_true, y_pred)
-    return _over_features(ew.abs(ew.subtract(t, p)), reductions.mean)
+    t, p = pair("mean_absolute_error", y_true, y_pred)
+    return over_features(ew.abs(ew.subtract(t, p)), reductions.mean)
 
 
 def huber(y_true: ArrayLike, y_pred: ArrayLike, delta: float = 1.0) -> Tensor:
@@ -72,12 +52,13 @@ def huber(y_true: ArrayLike, y_pred: ArrayLike, delta: float = 1.0) -> Tensor:
     """
     if not delta > 0:
         raise ValueError(f"[huber] delta must be above 0, got {delta!r}")
-    t, p = _pair("huber", y_true, y_pred)
+    t, p = pair("huber", y_true, y_pred)
     error = ew.subtract(t, p)
     size = ew.abs(error)
     beyond = ew.multiply(ew.subtract(size, delta / 2), delta)
-    near = ew.multiply(ew.square(error), 0.5)
-    return _over_features(ew.where(ew.greater(size, delta), beyond, near), reductions.mean)
+    # of the part within delta only: the square of a large error would overflow
+    near = ew.multiply(ew.square(ew.clip(error, -delta, delta)), 0.5)
+    return over_features(ew.where(ew.greater(size, delta), beyond, near), reductions.mean)
 
 
 def _positive(p: Tensor) -> Tensor:
@@ -100,14 +81,7 @@ def sparse_categorical_crossentropy(
     >>> print(tg.losses.sparse_categorical_crossentropy([1], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
-    t, p = as_tensor(y_true), as_tensor(y_pred)
-    if t.shape == (*p.shape[:-1], 1) and t.ndim == p.ndim:
-        t = _reshape(t, shape=p.shape[:-1])
-    if t.dtype.kind not in "iu":
-        raise TypeError(
-            f"[sparse_categorical_crossentropy] labels must be integers, got {t.dtype}: "
-            "for probabilities use categorical_crossentropy"
-        )
+    t, p = labels_and_scores("sparse_categorical_crossentropy", y_true, y_pred)
     # The logarithms of probabilities are logits too: their softmax is the probabilities again.
     logits = p if from_logits else ew.log(_positive(p))
     return nn.softmax_cross_entropy(logits, t, ignore_label=ignore_class, reduction="none")
@@ -126,7 +100,7 @@ def categorical_crossentropy(
     >>> print(tg.losses.categorical_crossentropy([[0.0, 1.0]], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
-    t, p = _pair("categorical_crossentropy", y_true, y_pred)
+    t, p = pair("categorical_crossentropy", y_true, y_pred)
     if from_logits:
         return nn.softmax_cross_entropy(p, t, label_smoothing=label_smoothing, reduction="none")
     if label_smoothing:
@@ -147,7 +121,7 @@ def binary_crossentropy(
     >>> print(tg.losses.binary_crossentropy([[1.0]], [[0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
-    t, p = _pair("binary_crossentropy", y_true, y_pred)
+    t, p = pair("binary_crossentropy", y_true, y_pred)
     if label_smoothing:
         t = ew.add(ew.multiply(t, 1.0 - label_smoothing), label_smoothing / 2)
     if from_logits:
@@ -155,7 +129,7 @@ def binary_crossentropy(
     else:
         opposite = ew.xlogy(ew.subtract(1.0, t), _positive(ew.subtract(1.0, p)))
         losses = ew.negative(ew.add(ew.xlogy(t, _positive(p)), opposite))
-    return _over_features(losses, reductions.mean)
+    return over_features(losses, reductions.mean)
 
 
 def kl_divergence(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
@@ -166,7 +140,7 @@ def kl_divergence(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     >>> print(tg.losses.kl_divergence([[0.0, 1.0]], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
-    t, p = _pair("kl_divergence", y_true, y_pred)
+    t, p = pair("kl_divergence", y_true, y_pred)
     return reductions.sum(ew.subtract(ew.xlogy(t, t), ew.xlogy(t, _positive(p))), axis=-1)
 
 
@@ -225,21 +199,21 @@ class MeanSquaredError(Loss):
     """`mean_squared_error`, reduced over examples."""
 
     def __init__(self, reduction: str = "sum_over_batch_size") -> None:
-        super().__init__(mean_squared_error, reduction)
+        super().__init__(as_columns(mean_squared_error), reduction, "mean_squared_error")
 
 
 class MeanAbsoluteError(Loss):
     """`mean_absolute_error`, reduced over examples."""
 
     def __init__(self, reduction: str = "sum_over_batch_size") -> None:
-        super().__init__(mean_absolute_error, reduction)
+        super().__init__(as_columns(mean_absolute_error), reduction, "mean_absolute_error")
 
 
 class Huber(Loss):
     """`huber`, reduced over examples."""
 
     def __init__(self, delta: float = 1.0, reduction: str = "sum_over_batch_size") -> None:
-        super().__init__(lambda t, p: huber(t, p, delta), reduction, "huber")
+        super().__init__(as_columns(lambda t, p: huber(t, p, delta)), reduction, "huber")
 
 
 class SparseCategoricalCrossentropy(Loss):
@@ -301,7 +275,7 @@ class BinaryCrossentropy(Loss):
         reduction: str = "sum_over_batch_size",
     ) -> None:
         super().__init__(
-            lambda t, p: binary_crossentropy(t, p, from_logits, label_smoothing),
+            as_columns(lambda t, p: binary_crossentropy(t, p, from_logits, label_smoothing)),
             reduction,
             "binary_crossentropy",
         )

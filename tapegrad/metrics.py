@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad import losses
+from tapegrad._targets import as_columns, labels_and_scores, pair
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, reductions
@@ -40,10 +41,12 @@ class Mean:
                 self._add(reductions.sum(x), float(x.size))
                 return
             weight = ew.astype(as_tensor(sample_weight), np.float64)
-            if weight.shape not in ((), x.shape):
+            if weight.shape != x.shape[: weight.ndim]:
                 raise ValueError(
                     f"[{self.name}] sample_weight must have shape {x.shape}, got {weight.shape}"
                 )
+            # one weight an example counts for each of its values
+            weight = _reshape(weight, shape=weight.shape + (1,) * (x.ndim - weight.ndim))
             weight = ew.add(zeros_like(x), weight)
             self._add(reductions.sum(ew.multiply(x, weight)), reductions.sum(weight))
 
@@ -102,13 +105,7 @@ def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     >>> print(tg.metrics.sparse_categorical_accuracy([1, 0], [[0.1, 0.9], [0.2, 0.8]]))
     tg.Tensor([1. 0.], shape=(2,), dtype=float32)
     """
-    t, p = as_tensor(y_true), as_tensor(y_pred)
-    if t.ndim == p.ndim and t.shape[-1:] == (1,):
-        t = _reshape(t, shape=t.shape[:-1])
-    if t.shape != p.shape[:-1]:
-        raise ValueError(
-            f"[sparse_categorical_accuracy] labels must have shape {p.shape[:-1]}, got {t.shape}"
-        )
+    t, p = labels_and_scores("sparse_categorical_accuracy", y_true, y_pred)
     return ew.astype(ew.equal(reductions.argmax(p, axis=-1), t), np.float32)
 
 
@@ -131,7 +128,7 @@ def binary_accuracy(y_true: ArrayLike, y_pred: ArrayLike, threshold: float = 0.5
     >>> print(tg.metrics.binary_accuracy([1.0, 0.0], [0.9, 0.8]))
     tg.Tensor([1. 0.], shape=(2,), dtype=float32)
     """
-    t, p = losses._pair("binary_accuracy", y_true, y_pred)
+    t, p = pair("binary_accuracy", y_true, y_pred)
     return ew.astype(ew.equal(ew.greater(p, threshold), ew.greater(t, 0.5)), np.float32)
 
 
@@ -143,7 +140,7 @@ def top_k_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5) -> Tensor:
     >>> print(tg.metrics.top_k_accuracy([1], [[0.5, 0.3, 0.2]], k=2))
     tg.Tensor([1.], shape=(1,), dtype=float32)
     """
-    t, p = as_tensor(y_true), as_tensor(y_pred)
+    t, p = labels_and_scores("top_k_accuracy", y_true, y_pred)
     found = indexing.top_k(p, k).indices
     hits = ew.equal(found, _reshape(t, shape=(*t.shape, 1)))
     return ew.astype(reductions.any(hits, axis=-1), np.float32)
@@ -205,14 +202,14 @@ class MeanSquaredError(Metric):
     """The mean of `losses.mean_squared_error`."""
 
     def __init__(self, name: str = "mean_squared_error") -> None:
-        super().__init__(losses.mean_squared_error, name)
+        super().__init__(as_columns(losses.mean_squared_error), name)
 
 
 class MeanAbsoluteError(Metric):
     """The mean of `losses.mean_absolute_error`."""
 
     def __init__(self, name: str = "mean_absolute_error") -> None:
-        super().__init__(losses.mean_absolute_error, name)
+        super().__init__(as_columns(losses.mean_absolute_error), name)
 
 
 _BY_NAME: dict[str, Callable[[], Metric]] = {

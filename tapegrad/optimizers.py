@@ -35,6 +35,13 @@ def _like(p: Array, value: Any) -> Any:
     return value.astype(p.dtype)[()]
 
 
+def _divisor(xp: Module, root: Array, eps: Any) -> Array:
+    """Keep 0 / 0 from a parameter that never had a gradient (padding, say): it does not move."""
+    if xp is np and eps:
+        return root
+    return xp.where(root == 0, root.dtype.type(math.inf), root)
+
+
 def _sgd(xp: Module, p: Array, g: Array, learning_rate: Array) -> None:
     rate = _like(p, learning_rate)
 
@@ -76,7 +83,7 @@ def _adagrad(
 
     def block(s: slice) -> None:
         a[s] += g[s] * g[s]
-        p[s] -= g[s] * rate / (xp.sqrt(a[s]) + eps)
+        p[s] -= g[s] * rate / _divisor(xp, xp.sqrt(a[s]) + eps, eps)
 
     for_blocks(p.size, block)
 
@@ -90,7 +97,7 @@ def _rmsprop(
     def block(s: slice) -> None:
         v[s] *= keep
         v[s] += g[s] * g[s] * take
-        p[s] -= g[s] * rate / (xp.sqrt(v[s]) + eps)
+        p[s] -= g[s] * rate / _divisor(xp, xp.sqrt(v[s]) + eps, eps)
 
     for_blocks(p.size, block)
 
@@ -125,7 +132,7 @@ def _adam(
         xp.multiply(v[s], unbias, out=part)
         xp.sqrt(part, out=part)
         part += eps
-        xp.divide(m[s], part, out=part)
+        xp.divide(m[s], _divisor(xp, part, eps), out=part)
         part *= rate
         p[s] *= shrink
         p[s] -= part
@@ -348,7 +355,7 @@ class Optimizer:
                 f"no gradient for {', '.join(missing)}: the loss does not depend on them, "
                 "and they stay as they are",
                 TapeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return pairs
 

@@ -184,8 +184,9 @@ class Primitive:
                         f"[{self.name}] argument {i} must be a tensor, an array, a number or a "
                         f"list of numbers, got {x!r}"
                     )
-        if numbers + len(pending) == len(values):  # an operation needs at least one tensor
-            pending = list(range(len(values)))
+        if numbers == len(values):  # an operation needs a tensor: the floats, else the integers
+            floats = [i for i, x in enumerate(values) if type(x) is float]
+            pending = floats or list(range(numbers))
         if pending:
             like = [x._array for x in values if type(x) is Tensor]
             xp = self._module_of(like) if like else _backend.default_module()

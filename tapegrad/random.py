@@ -49,8 +49,16 @@ def _fractions(bits: Array, count: int, dtype: Any) -> Array:
     return (bits[:count] >> shift).astype(dtype) * dtype.type(2.0**-mantissa)
 
 
-def _uniform_forward(xp: Module, bits: Array, *, shape: tuple[int, ...], dtype: Any) -> Array:
-    return _fractions(bits, math.prod(shape), dtype).reshape(shape)
+def _uniform_forward(
+    xp: Module, bits: Array, *, shape: tuple[int, ...], dtype: Any, low: float, high: float
+) -> Array:
+    y = _fractions(bits, math.prod(shape), dtype).reshape(shape)
+    if low == 0.0 and high == 1.0:
+        return y
+    bottom, top = dtype.type(low), dtype.type(high)
+    y = y * (top - bottom) + bottom
+    # Rounding may reach the upper bound, which is not to be given.
+    return xp.minimum(y, np.nextafter(top, bottom)) if low < high else y
 
 
 def _normal_forward(xp: Module, bits: Array, *, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -138,18 +146,25 @@ class Generator:
             if maxval is None:
                 raise ValueError("[uniform] integers need maxval, the number above the largest")
             return self._integers(lengths, minval, maxval, kind)
-        width = _float_width("uniform", kind)
-        y = _uniform(self._draw(math.prod(lengths), width), shape=lengths, dtype=kind)
-        top = 1.0 if maxval is None else maxval
-        if minval == 0.0 and top == 1.0:
-            return y
-        return ew.add(ew.multiply(y, ew.astype(ew.subtract(top, minval), kind)), minval)
+        bits = self._draw(math.prod(lengths), _float_width("uniform", kind))
+        low, high = float(minval), 1.0 if maxval is None else float(maxval)
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(
+                f"[uniform] minval must be at most maxval, both finite, got {low} and {high}"
+            )
+        return _uniform(bits, shape=lengths, dtype=kind, low=low, high=high)
 
     def _integers(self, shape: tuple[int, ...], low: Any, high: Any, dtype: Any) -> Tensor:
         low, high = operator.index(low), operator.index(high)
         if not 0 < high - low <= 2**53:
             raise ValueError(
                 f"[uniform] minval must be below maxval by at most 2**53, got {low} and {high}"
+            )
+        limits = np.iinfo(dtype)
+        if low < limits.min or high - 1 > limits.max:
+            raise ValueError(
+                f"[uniform] {dtype} holds {limits.min} to {limits.max}, "
+                f"asked for {low} to {high - 1}"
             )
         bits = self._draw(math.prod(shape), 64)
         return _integers(bits, shape=shape, low=low, high=high, dtype=dtype)

@@ -64,10 +64,11 @@ def save(
     a JSON header with dtype, shape and data_offsets of each array, the arrays' bytes.
 
     >>> import pathlib, tempfile
+    >>> from tapegrad import safetensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "model.safetensors")
-    ...     save(path, {"bias": np.zeros(2)}, {"epoch": "3"})
-    ...     load(path)
+    ...     safetensors.save(path, {"bias": np.zeros(2)}, {"epoch": "3"})
+    ...     safetensors.load(path)
     ({'bias': array([0., 0.])}, {'epoch': '3'})
     """
     header: dict[str, Any] = {}
@@ -148,10 +149,11 @@ def load(
         ImportError: if it holds bfloat16 and ml_dtypes is not installed.
 
     >>> import pathlib, tempfile
+    >>> from tapegrad import safetensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "model.safetensors")
-    ...     save(path, {"weight": np.ones((1, 2), np.float32), "steps": np.array(7)})
-    ...     load(path)[0]
+    ...     safetensors.save(path, {"weight": np.ones((1, 2), np.float32), "steps": np.array(7)})
+    ...     safetensors.load(path)[0]
     {'steps': array(7), 'weight': array([[1., 1.]], dtype=float32)}
     """
     with open_source(path) as source:

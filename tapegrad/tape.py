@@ -14,6 +14,7 @@ from tapegrad import _backend
 from tapegrad._structure import flatten_with_paths, is_container, refuse_unordered, unflatten
 from tapegrad._tape_arguments import (
     UnconnectedGradients,
+    check_chunk,
     check_scalar_targets,
     check_sources,
     check_targets,
@@ -325,8 +326,10 @@ class GradientTape:
                 self._start()
 
     def reset(self) -> None:
-        """Forget all operations and everything watched; a recording tape goes on recording."""
+        """Forget all operations and everything watched; inside its block the tape records on."""
         self._forget()
+        if self._active and not self._paused and self._recorders is None:
+            self._start()  # an inner gradient had stopped it
 
     # ---- the reverse pass
 
@@ -387,13 +390,15 @@ class GradientTape:
         unconnected_gradients: Any = UnconnectedGradients.NONE,
         parallel_iterations: int | None = None,
         experimental_use_pfor: bool = True,
+        chunk_size: int | None = None,
     ) -> Any:
         """Return the derivative of every element of the target for every element of the sources.
 
         Each answer has the shape `target.shape + source.shape`. For a structure of targets it is
-        a structure of what one target gives. `parallel_iterations` and `experimental_use_pfor`
-        are accepted for the sake of TensorFlow's programs and change nothing; a tape that is not
-        persistent will do. Raises as `gradient` does.
+        a structure of what one target gives. `chunk_size` bounds how many rows of a Jacobian are
+        computed at a time, `parallel_iterations` is TensorFlow's name of it; rows are computed
+        one at a time, the least memory, whatever they and `experimental_use_pfor` say. A tape
+        that is not persistent will do. Raises as `gradient` does.
 
         >>> import tapegrad as tg
         >>> x = tg.Variable([1.0, 2.0])
@@ -405,6 +410,7 @@ class GradientTape:
         unconnected = check_unconnected(unconnected_gradients)
         targets = check_targets(target)
         leaves = check_sources(sources)
+        check_chunk(parallel_iterations, chunk_size)
         self._check_usable()
         self._begin_reverse_pass(user_location())
         try:
@@ -427,6 +433,7 @@ class GradientTape:
         unconnected_gradients: Any = UnconnectedGradients.NONE,
         parallel_iterations: int | None = None,
         experimental_use_pfor: bool = True,
+        chunk_size: int | None = None,
         check: bool = False,
     ) -> Any:
         """Return each example's own Jacobian: `target[i]` for `source[i]`, stacked.
@@ -440,6 +447,7 @@ class GradientTape:
         unconnected = check_unconnected(unconnected_gradients)
         (y,) = check_targets([target])
         leaves = check_sources(source)
+        check_chunk(parallel_iterations, chunk_size)
         for x in leaves:
             for shape in (y.shape, x.shape):
                 if len(shape) < 2:
@@ -511,7 +519,8 @@ class GradientTape:
         got = self._answer(x, self._pull_back({_current(y).id: seed}, self._wanted([x]), False))
         want = rows.numpy().sum(0) * weights.reshape((-1,) + (1,) * (x.ndim - 1))
         scale = float(np.abs(want).max(initial=0.0)) + float(np.finfo(want.dtype).tiny)
-        error = float(np.abs((got if got is not None else zeros_like(x)).numpy() - want).max())
+        difference = (zeros_like(x) if got is None else got).numpy() - want
+        error = float(np.abs(difference).max(initial=0.0))
         if error > scale * 100 * float(np.finfo(want.dtype).eps) * y.size:
             raise ValueError(
                 "batch_jacobian: examples depend on each other (rows of the target change with "
@@ -520,11 +529,10 @@ class GradientTape:
 
     def _begin_reverse_pass(self, where: str) -> None:
         """Stop recording, unless the tape is one that may record its own reverse pass."""
-        if self._recorders is not None:
-            if self._persistent:
-                _warn_of_recorded_gradient()
-            else:
-                self._stop()
+        if not self._persistent:
+            self._stop()
+        elif self._recorders is state.recorders:  # not so inside no_record
+            _warn_of_recorded_gradient()
         if not self._persistent:
             self._spent = f"the first one was asked for at {where}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -241,7 +242,9 @@ class Tensor(Operand):
     __slots__ = ("__weakref__", "_array", "id")
 
     def __init__(self, value: Any, dtype: Any = None) -> None:
-        self._array = as_array(value, dtype)
+        array = as_array(value, dtype)
+        # as_array hands out an operand's own array, and a Variable's memory changes
+        self._array = array.copy() if isinstance(value, Operand) else array
         self.id = next_id()
 
     def _read(self) -> Tensor:
@@ -296,25 +299,31 @@ def describe(value: Operand) -> str:
 def as_array(value: Any, dtype: Any = None, xp: Module | None = None) -> Array:
     """Copy a number, nested list, array or operand into an array of tapegrad's own.
 
-    Python floats become float32, Python ints int64, arrays keep their type. An array stays on its
-    backend; everything else goes to `xp`, or to where new arrays are made.
+    Python floats become float32, Python ints int64, arrays keep their type. CuPy's arrays stay on
+    the GPU; everything else goes to `xp`, or to where new arrays are made.
     """
     if isinstance(value, Operand):
         array = value._read()._array
         return array if dtype is None or array.dtype == dtype else array.astype(dtype)
     if _backend.is_array(value):
         _check_dtype(value.dtype, value)
-        array = value.astype(dtype or value.dtype, copy=True)
-        return array[()] if isinstance(array, np.ndarray) else array
-    values = _as_numpy(value, dtype)
+        if not isinstance(value, np.ndarray):
+            return value.astype(dtype or value.dtype, copy=True)
+        values = np.array(value, dtype, subok=False)
+    else:
+        values = _as_numpy(value, dtype)
     xp = _backend.default_module() if xp is None else xp
-    # [()] makes a NumPy scalar of a 0-d array: arithmetic with it costs half as much.
-    return values[()] if xp is np else xp.asarray(values)
+    return _scalar(values) if xp is np else xp.asarray(values)
+
+
+def _scalar(array: np.ndarray[Any, Any]) -> Any:
+    """Make a NumPy scalar of a 0-d array: arithmetic with it costs half as much."""
+    return array[()] if array.ndim == 0 else array
 
 
 def is_convertible(value: Any) -> bool:
     """Tell whether a value is of a kind that can become a tensor, whatever it holds."""
-    return isinstance(value, (Operand, float, int, np.generic, list, tuple)) or (
+    return isinstance(value, (Operand, float, int, complex, np.generic, list, tuple)) or (
         hasattr(value, "__array__") or _backend.is_array(value)
     )
 
@@ -373,19 +382,18 @@ def constant(value: Any, dtype: Any = None, shape: Any = None) -> Tensor:
     >>> print(tg.constant([1.0, 2.0]))
     tg.Tensor([1. 2.], shape=(2,), dtype=float32)
     """
-    array = as_array(value, dtype)
-    if isinstance(value, Operand):
-        array = array.copy()
-    if shape is not None:
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if array.size == 1 and array.shape != shape:
-            spread = _backend.module_of((array,)).empty(shape, array.dtype)
-            spread[...] = array
-            array = spread
-        elif array.size != int(np.prod(shape)):
-            raise ValueError(f"{array.size} values cannot fill the shape {shape}")
-        array = array.reshape(shape)
-    return wrap(array)
+    tensor = Tensor(value, dtype)
+    if shape is None:
+        return tensor
+    array = tensor._array
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if array.size == 1 and array.shape != shape:
+        spread = _backend.module_of((array,)).empty(shape, array.dtype)
+        spread[...] = array
+        return wrap(spread)
+    if array.size != math.prod(shape):
+        raise ValueError(f"{array.size} values cannot fill the shape {shape}")
+    return wrap(array.reshape(shape))
 
 
 def from_dlpack(value: Any, /, *, device: Any = None, copy: bool | None = None) -> Tensor:
@@ -399,8 +407,14 @@ def from_dlpack(value: Any, /, *, device: Any = None, copy: bool | None = None) 
     """
     if copy is False:
         raise ValueError("from_dlpack copies always: shared memory could change under a tensor")
+    if not hasattr(value, "__dlpack__") or not hasattr(value, "__dlpack_device__"):
+        raise TypeError(
+            f"from_dlpack needs an array of another library, got a {type(value).__name__}: "
+            "numbers and lists go to tg.constant"
+        )
     kind, _ = value.__dlpack_device__()
-    if kind in (1, 3):  # kDLCPU, kDLCUDAHost
-        return wrap(np.array(np.from_dlpack(value)))
-    xp = _backend.module_named("cupy")
-    return wrap(xp.array(xp.from_dlpack(value)))
+    on_host = kind in (1, 3)  # kDLCPU, kDLCUDAHost
+    xp = np if on_host else _backend.module_named("cupy")
+    array = xp.from_dlpack(value)
+    _check_dtype(array.dtype, value)
+    return wrap(xp.array(array))

@@ -157,7 +157,7 @@ class Variable(Operand):
         )
 
     __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = _refuse_in_place
-    __imod__ = __ipow__ = __imatmul__ = _refuse_in_place
+    __imod__ = __ipow__ = __imatmul__ = __iand__ = __ior__ = __ixor__ = _refuse_in_place
 
     # ---- Python's protocols
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import gzip
 import io
 import os
 import pathlib
 import struct
-import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -23,8 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tapegrad import _files
-from tapegrad.data import formats, read_csv, read_idx, read_npz
+from tapegrad.data import read_csv, read_idx, read_npz
 from tapegrad.errors import FormatError
 
 # The file is overwritten by each example, so one folder serves them all.
@@ -121,11 +118,6 @@ def test_messages_stay_short_when_the_file_is_not(path: pathlib.Path) -> None:
     with pytest.raises(FormatError) as caught:
         read_npz(path)
     assert len(str(caught.value)) < 1000
-
-
-def test_examples_in_docstrings() -> None:
-    for module in (_files, formats, sys.modules[read_npz.__module__]):
-        assert doctest.testmod(module).failed == 0
 
 
 # ---------------------------------------------------------------- IDX

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import gzip
 import hashlib
 import http.client
@@ -127,10 +126,6 @@ def test_credit_for_the_digits() -> None:
     assert datasets.__doc__ is not None
     for part in ("Alpaydin", "Kaynak", "UCI Machine Learning Repository", "CC BY 4.0"):
         assert part in datasets.__doc__
-
-
-def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(datasets).failed == 0
 
 
 # ---------------------------------------------------------------- MNIST and Fashion-MNIST

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import errno
 import json
 import os
@@ -153,10 +152,6 @@ def test_peak_is_the_arrays(path: pathlib.Path) -> None:
     array = np.random.default_rng(0).standard_normal(MEGABYTE)
     assert peak(lambda: safetensors.save(path, {"x": array})) < MEGABYTE // 4
     assert peak(lambda: safetensors.load(path)) < array.nbytes + MEGABYTE // 4
-
-
-def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(safetensors).failed == 0
 
 
 # ---------------------------------------------------------------- the safetensors package

@@ -1,9 +1,10 @@
-"""Threads, and memory: what is kept, when it goes, and that old values stay (rows T and M).
+"""Threads, and memory: what is kept and when it goes (rows T and M).
 
 Everything here about memory holds by reference counting alone: the collector is switched off.
 """
 
 import asyncio
+import contextlib
 import gc
 import sys
 import threading
@@ -112,7 +113,6 @@ def test_T5_tasks_that_share_a_thread():
 @pytest.fixture
 def no_collector():
     """Switch the garbage collector off: what goes, goes by reference counting."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
@@ -149,11 +149,14 @@ def test_M1_also_when_it_fails():
 
     failing = Primitive("failing", lambda xp, x: x * 1, fail)
     x = tg.Variable([0.0, 0.5])
-    with tg.GradientTape() as tape:
-        y, refs = chain(failing(x))
-    with pytest.raises(ZeroDivisionError):
-        tape.gradient(y, x)
-    assert alive(refs) == [False, False]
+    for call in ("gradient", "jacobian"):
+        with tg.GradientTape() as tape:
+            y, refs = chain(x)
+            z = failing(y)
+        assert alive(refs) == [True, True]
+        with pytest.raises(ZeroDivisionError):
+            getattr(tape, call)(z, x)
+        assert alive(refs) == [False, False]
 
 
 def test_M1_values_go_as_the_reverse_pass_goes():
@@ -262,7 +265,8 @@ KEEPS = {
     "where": (lambda x: tg.where(COUNT > 0, x, 0.0), (False, False)),
     "cast": (lambda x: tg.astype(x, "float32"), (False, False)),
     "matmul with an array": (lambda x: x @ ONES.T, (False, False)),
-    "linear_relu": (lambda x: tg.nn.linear_relu(x, ONES.T, np.ones(2)), (False, True)),
+    # One rule for all inputs: it reads x for the weights' sake.
+    "linear_relu": (lambda x: tg.nn.linear_relu(x, ONES.T, np.ones(2)), (True, True)),
     "cumulative_sum": (lambda x: tg.cumulative_sum(x, axis=0), (False, False)),
 }  # fmt: skip
 
@@ -366,32 +370,25 @@ def test_M8_gradients_are_summed_as_they_arrive():
     assert most <= 2
 
 
-def test_M9_memory_report():
-    x = tg.Variable(np.zeros(2**18, np.float32))
-    with tg.GradientTape(persistent=True) as tape:
-        y = tg.exp(x)
-        del y
-    report = str(tape.memory())
-    assert "exp" in report
-    assert "1.0 MiB" in report or str(2**20) in report
-    assert __file__ in report
-
-
 # ---- nothing grows
 
 
 def count_tensors():
-    return sum(isinstance(thing, tg.Tensor) for thing in gc.get_objects())
+    return sum(type(thing) is tg.Tensor for thing in gc.get_objects())
 
 
-def grows(step):
-    """Return how many Tensors, and how many blocks of memory, 1,000 steps leave behind."""
+def assert_nothing_grows(step):
+    """Run 1,000 steps: they must leave no Tensor, no cycle and no memory behind."""
     for _ in range(100):  # caches fill, lists reach their size
         step()
+    gc.collect()  # which also empties free lists: they count as allocated
     tensors, blocks = count_tensors(), sys.getallocatedblocks()
     for _ in range(1000):
         step()
-    return count_tensors() - tensors, sys.getallocatedblocks() - blocks
+    assert count_tensors() == tensors
+    assert gc.collect() == 0  # so there was nothing that only the collector can free
+    # One object a step would be 1,000; NumPy's and Python's own caches take up to 450.
+    assert sys.getallocatedblocks() - blocks < 900
 
 
 def training_step():
@@ -404,7 +401,9 @@ def training_step():
     def step():
         with tg.GradientTape() as tape:
             hidden = tg.nn.linear_relu(x, w1, b1)
-            loss = tg.nn.softmax_cross_entropy(hidden @ w2, labels) + 1e-3 * tg.sum(w2[0] * w2.T[0, 0])
+            loss = tg.nn.softmax_cross_entropy(hidden @ w2, labels) + 1e-3 * tg.sum(
+                w2[0] * w2.T[0, 0]
+            )
         for v, g in zip((w1, b1, w2), tape.gradient(loss, [w1, b1, w2]), strict=True):
             v.assign_sub(0.1 * g)
         history[:] = [float(loss)]
@@ -467,27 +466,29 @@ def failing_step():
     def step():
         with tg.GradientTape() as tape:
             y = x * x
-        for wrong in ("nonsense", [3.0]):
-            try:
-                tape.gradient(y, x if wrong == "nonsense" else wrong, unconnected_gradients=wrong)
-            except (TypeError, ValueError):
-                pass
-        try:
+        with contextlib.suppress(ValueError):
+            tape.gradient(y, x, unconnected_gradients="nonsense")
+        with contextlib.suppress(TypeError):
+            tape.gradient(y, [3.0])
+        with contextlib.suppress(ValueError):
             x @ tg.ones((3, 3))
-        except ValueError:
-            pass
 
     return step
 
 
 @pytest.mark.parametrize(
     "make",
-    [training_step, second_order_step, evaluation_step, short_lived_step, custom_step, failing_step],
+    [
+        training_step,
+        second_order_step,
+        evaluation_step,
+        short_lived_step,
+        custom_step,
+        failing_step,
+    ],
 )
 def test_M9_a_thousand_steps_leave_nothing_behind(make):
-    tensors, blocks = grows(make())
-    assert tensors == 0
-    assert blocks < 100  # a leak of one object a step would be 1,000
+    assert_nothing_grows(make())
 
 
 def test_M9_a_persistent_tape_that_is_reset_each_step():
@@ -501,9 +502,7 @@ def test_M9_a_persistent_tape_that_is_reset_each_step():
         tape.gradient(y, x)
         x.assign([1.0, 2.0])
 
-    tensors, blocks = grows(step)
-    assert tensors == 0
-    assert blocks < 100
+    assert_nothing_grows(step)
 
 
 def test_long_chains_are_freed_without_recursion():
@@ -526,129 +525,3 @@ def test_a_long_chain_of_views_of_a_variable():
         y = y * y
     x.assign(np.zeros(6))
     np.testing.assert_array_equal(tape.gradient(y, x), 2.0 * np.arange(6.0))
-
-
-# ---- values stay: copies on write
-
-VIEWS = {
-    "the read itself": (tg.asarray, lambda a: a),
-    "transpose": (lambda v: v.T, lambda a: a.T),
-    "slice": (lambda v: v[1:, ::2], lambda a: a[1:, ::2]),
-    "row": (lambda v: v[0], lambda a: a[0]),
-    "element": (lambda v: v[0, 1], lambda a: a[0, 1]),
-    "negative step": (lambda v: v[::-1, ::-1], lambda a: a[::-1, ::-1]),
-    "new axis": (lambda v: v[:, None], lambda a: a[:, None]),
-    "reshape": (lambda v: tg.reshape(v, (3, 2)), lambda a: a.reshape(3, 2)),
-    "broadcast": (lambda v: tg.broadcast_to(v, (2, 2, 3)), lambda a: np.broadcast_to(a, (2, 2, 3))),
-    "stop_gradient": (tg.stop_gradient, lambda a: a),
-    "cast to the same": (lambda v: tg.astype(v, "float64"), lambda a: a),
-    "squeeze": (lambda v: tg.squeeze(v[:, 1:2]), lambda a: a[:, 1]),
-    "split": (lambda v: tg.split(v, 3, axis=1)[1], lambda a: a[:, 1:2]),
-    "unstack": (lambda v: tg.unstack(v)[1], lambda a: a[1]),
-    "diagonal": (tg.diagonal, np.diagonal),
-    "flip": (tg.flip, np.flip),
-    "view of a view": (lambda v: v.T[1:][::-1], lambda a: a.T[1:][::-1]),
-    "real positive": (tg.positive, lambda a: a),
-    "iterated": (lambda v: list(v)[1], lambda a: a[1]),
-}
-WRITES = {
-    "assign": lambda v: v.assign(np.full((2, 3), -100.0)),
-    "assign_add": lambda v: v.assign_add(np.full((2, 3), -100.0)),
-    "assign_sub": lambda v: v.assign_sub(np.full((2, 3), 100.0)),
-    "a part": lambda v: v[0].assign(-100.0),
-    "an item": lambda v: v.__setitem__((slice(None), 1), -100.0),
-}
-
-
-@pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("name", VIEWS)
-def test_a_view_of_a_variable_keeps_its_values(name, write):
-    view, expected = VIEWS[name]
-    values = np.arange(6.0).reshape(2, 3) + 1.0
-    v = tg.Variable(values)
-    shown = view(v)
-    WRITES[write](v)
-    np.testing.assert_array_equal(shown, expected(values))
-    assert float(tg.sum(v)) < 0.0  # it did change
-    WRITES[write](v)
-    np.testing.assert_array_equal(shown, expected(values))
-
-
-@pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("name", [n for n in VIEWS if n != "stop_gradient"])
-def test_what_a_tape_has_saved_keeps_its_values(name, write):
-    """The gradient of sum(view^2) is twice the old values, where the view shows them."""
-    view, expected = VIEWS[name]
-    values = np.arange(6.0).reshape(2, 3) + 1.0
-    places = np.zeros(6)
-    np.add.at(places, expected(np.arange(6).reshape(2, 3)).reshape(-1), 1.0)
-    v = tg.Variable(values)
-    with tg.GradientTape() as tape:
-        y = tg.sum(view(v) ** 2)
-        WRITES[write](v)
-    np.testing.assert_array_equal(tape.gradient(y, v), 2.0 * values * places.reshape(2, 3))
-
-
-def test_a_variable_assigned_from_a_view_of_itself():
-    v = tg.Variable([[1.0, 2.0], [3.0, 4.0]])
-    v.assign(v.T)
-    np.testing.assert_array_equal(v, [[1.0, 3.0], [2.0, 4.0]])
-    v.assign_add(v[::-1])
-    np.testing.assert_array_equal(v, [[3.0, 7.0], [3.0, 7.0]])
-    v[0].assign(v[:, 1])
-    np.testing.assert_array_equal(v, [[7.0, 7.0], [3.0, 7.0]])
-
-
-def test_arrays_that_were_handed_out_keep_their_values():
-    v = tg.Variable([1.0, 2.0])
-    read = v + 0.0
-    handed = [v.numpy(), np.asarray(v), np.from_dlpack(v), np.asarray(v[:]), read.array]
-    v.assign([9.0, 9.0])
-    for array in handed:
-        np.testing.assert_array_equal(array, [1.0, 2.0])
-
-
-class Counted(np.ndarray):
-    """An array that counts its copies: what is moved away before a write is copied."""
-
-    copies = 0
-
-    def copy(self, order="C"):
-        Counted.copies += 1
-        return super().copy(order)
-
-
-def counted_variable(values):
-    v = tg.Variable(values)
-    v._array = v._array.view(Counted)
-    Counted.copies = 0
-    return v
-
-
-def test_a_training_loop_moves_nothing():
-    v = counted_variable(np.ones((3, 2)))
-    x = tg.constant(np.ones((4, 3)))
-    for _ in range(100):
-        with tg.GradientTape() as tape:
-            y = x @ v + v[0] + tg.sum(v.T)
-            loss = tg.mean(y * y)
-        v.assign_sub(0.001 * tape.gradient(loss, v))
-    assert Counted.copies == 0
-
-
-def test_only_what_is_held_is_moved():
-    v = counted_variable(np.ones((3, 2)))
-    for step in range(10):
-        held = v[0], v.T  # moved at the next write; those of the step before are gone
-        v.assign_add(np.ones((3, 2)))
-        assert Counted.copies == 2 * (step + 1)
-    np.testing.assert_array_equal(held[0], [10.0, 10.0])
-
-
-def test_what_was_moved_once_is_moved_no_more():
-    v = counted_variable(np.ones((3, 2)))
-    held = v[0]
-    for _ in range(10):
-        v.assign_add(np.ones((3, 2)))
-    assert Counted.copies == 1
-    np.testing.assert_array_equal(held, [1.0, 1.0])

@@ -66,14 +66,16 @@ class Batches:
         order = self._generator.permutation(self.rows) if self.shuffle else None
         for i in range(len(self)):
             part = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            with no_record():
-                yield map_structure(partial(_part, order, part), self._arrays)
+            with no_record():  # left before the yield: the caller's tapes see what the caller does
+                batch = map_structure(partial(_part, order, part), self._arrays)
+            yield batch
 
 
 def _tensors(arrays: Any) -> Any:
     """Make every array a Tensor; tuples and dicts hold arrays, a list is one."""
     if isinstance(arrays, tuple):
-        return tuple(_tensors(x) for x in arrays)
+        parts = [_tensors(x) for x in arrays]
+        return type(arrays)(*parts) if hasattr(arrays, "_fields") else tuple(parts)
     if isinstance(arrays, dict):
         return {key: _tensors(x) for key, x in arrays.items()}
     return as_tensor(arrays)

@@ -149,7 +149,7 @@ def load(
         FormatError: if a file is malformed, or images and labels do not go together.
         OSError: if downloading fails.
 
-    >>> load("digits")
+    >>> tg.data.load("digits")
     <Dataset digits: 1438 + 359 examples of shape (8, 8), 10 classes>
     """
     text = os.fspath(name)

@@ -43,7 +43,7 @@ def read_idx(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "labels-idx1-ubyte")
     ...     _ = path.write_bytes(b"\\0\\0\\x08\\x01" + b"\\0\\0\\0\\x03" + b"\\x07\\x02\\x01")
-    ...     read_idx(path)
+    ...     tg.data.read_idx(path)
     array([7, 2, 1], dtype=uint8)
     """
     with open_source(path) as source:
@@ -104,7 +104,7 @@ def read_csv(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "points.csv")
     ...     _ = path.write_text("x,y,kind\\n1,2,out\\n3,4.5,in\\n")
-    ...     table = read_csv(path)
+    ...     table = tg.data.read_csv(path)
     >>> table.features
     array([[1. , 2. ],
            [3. , 4.5]], dtype=float32)

@@ -42,7 +42,7 @@ def read_npz(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "arrays.npz")
     ...     np.savez(path, x=np.arange(3), y=np.ones(2))
-    ...     read_npz(path)
+    ...     tg.data.read_npz(path)
     {'x': array([0, 1, 2]), 'y': array([1., 1.])}
     """
     with open_source(path) as source:

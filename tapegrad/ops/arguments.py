@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def normalize_axes(name: str, axis: Any, ndim: int) -> tuple[int, ...]:
     """Return axes counted from the front, all of them for None; refuse one given twice."""
     if axis is None:
         return tuple(range(ndim))
-    if not isinstance(axis, (tuple, list)):
+    if not isinstance(axis, Sequence):
         return (normalize_axis(name, axis, ndim),)
     axes = tuple(normalize_axis(name, a, ndim) for a in axis)
     if len(set(axes)) != len(axes):

@@ -29,6 +29,13 @@ def _scale(xp: Module, g: Any, d: Any) -> Array:
     return xp.where(g == 0, y.dtype.type(0), y)
 
 
+def _scale_both(xp: Module, a: Any, b: Any) -> Array:
+    y = a * b
+    if xp is np and not _holds_nan(y):
+        return y
+    return xp.where((a == 0) | (b == 0), y.dtype.type(0), y)
+
+
 def _holds_nan(y: Any) -> bool:
     if y.ndim == 0:
         return bool(y != y)
@@ -46,8 +53,16 @@ scale: Primitive = primitive(
     "scale",
     _scale,
     lambda G, _y, _g, d: scale(G, d),
-    lambda G, _y, g, _d: scale(G, g),
+    lambda G, _y, g, _d: scale_both(G, g),
     kernel=kernels.scale,
+)
+# The same with both factors: a derivative of d reaches back through a branch that was not taken,
+# where the factor g is zero, and the G that comes from there may be infinite.
+scale_both: Primitive = primitive(
+    "scale_both",
+    _scale_both,
+    lambda G, _y, _a, b: scale_both(G, b),
+    lambda G, _y, a, _b: scale_both(G, a),
 )
 
 
@@ -187,6 +202,8 @@ def _power_vjp_x1(g: Tensor, _y: Any, x1: Any, x2: Any) -> Tensor:
 def _power_vjp_x2(g: Tensor, y: Any, x1: Any, _x2: Any) -> Tensor:
     # The logarithm of a base that is not positive counts as 0: 0**x is 0, and a negative base has
     # a power for integer exponents only, where no derivative exists.
+    if type(x1) in (float, int):
+        return scale(g, _multiply(y, math.log(x1) if x1 > 0 else 0.0))
     return scale(g, _multiply(y, _log(where(_greater(x1, 0), x1, 1))))
 
 
@@ -308,16 +325,18 @@ _log1p: Primitive = primitive(
 )
 
 
-def exp_of_difference(x: Any, total: Any) -> Tensor:
-    """Return exp(x - total), the share of x in a log-sum-exp, 0 where the total is -inf."""
-    return _exp(_subtract(x, where(_equal(total, -math.inf), 0, total)))
+def _logaddexp_share(x: Any, other: Any) -> Tensor:
+    """Return exp(x) / (exp(x) + exp(other)), 0 where both are the same infinity."""
+    both_infinite = _logical_and(_equal(x, other), _isinf(x))
+    difference = where(both_infinite, math.inf, _subtract(other, x))
+    return _reciprocal(_add(_exp(difference), 1))
 
 
 _logaddexp: Primitive = primitive(
     "logaddexp",
     lambda xp, x1, x2: xp.logaddexp(x1, x2),
-    lambda g, y, x1, _x2: scale(g, exp_of_difference(x1, y)),
-    lambda g, y, _x1, x2: scale(g, exp_of_difference(x2, y)),
+    lambda g, _y, x1, x2: scale(g, _logaddexp_share(x1, x2)),
+    lambda g, _y, x1, x2: scale(g, _logaddexp_share(x2, x1)),
 )
 
 
@@ -339,8 +358,8 @@ _xlogy: Primitive = primitive(
 def exp(x: ArrayLike, /) -> Tensor:
     """Return e**x, element by element.
 
-    >>> print(tg.exp([0.0, 1.0]))
-    tg.Tensor([1.        2.7182817], shape=(2,), dtype=float32)
+    >>> print(tg.exp(0.0))
+    tg.Tensor(1.0, shape=(), dtype=float32)
     """
     return _exp(x)
 
@@ -384,8 +403,8 @@ def log2(x: ArrayLike, /) -> Tensor:
 def log10(x: ArrayLike, /) -> Tensor:
     """Return the logarithm to base 10, element by element.
 
-    >>> print(tg.log10(1000.0))
-    tg.Tensor(3.0, shape=(), dtype=float32)
+    >>> print(tg.log10(10.0))
+    tg.Tensor(1.0, shape=(), dtype=float32)
     """
     return _log10(x)
 
@@ -405,8 +424,8 @@ def logaddexp(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     The derivatives are exp(x1 - y) and exp(x2 - y), both 0 where both arguments are -inf.
     Raises `ValueError` for shapes that do not broadcast.
 
-    >>> print(tg.logaddexp(1000.0, 1000.0))
-    tg.Tensor(1000.6931, shape=(), dtype=float32)
+    >>> print(f"{tg.logaddexp(1000.0, 1000.0):.3f}")
+    1000.693
     """
     return _logaddexp(x1, x2)
 

@@ -330,7 +330,9 @@ def top_k(x: ArrayLike, k: int, /) -> TopK:
     tg.Tensor([3. 2.], shape=(2,), dtype=float32)
     """
     x = as_tensor(x)
-    length = x.shape[-1] if x.ndim else 0
+    if x.ndim == 0:
+        raise ValueError("[top_k] a 0-d tensor has no last axis")
+    length = x.shape[-1]
     if not 0 <= operator.index(k) <= length:
         raise ValueError(f"[top_k] k must be from 0 to {length}, the last axis' length, got {k}")
     indices = getitem(argsort(x, descending=True), (..., slice(0, k)))

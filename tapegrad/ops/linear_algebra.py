@@ -86,7 +86,8 @@ def vecdot(x1: ArrayLike, x2: ArrayLike, /, axis: int = -1) -> Tensor:
     tg.Tensor(11.0, shape=(), dtype=float32)
     """
     x1, x2 = as_tensor(x1), as_tensor(x2)
-    if not x1.shape or not x2.shape or x1.shape[axis] != x2.shape[axis]:
+    lengths = [x.shape[normalize_axis("vecdot", axis, x.ndim)] for x in (x1, x2)]
+    if lengths[0] != lengths[1]:
         raise ValueError(
             f"[vecdot] axis {axis} must have one length, got shapes {x1.shape} and {x2.shape}"
         )

@@ -87,6 +87,18 @@ _REDUCTIONS: dict[np.ufunc, Callable[..., Any]] = {
     np.logical_or: reductions.any,
 }
 
+
+def _over_flat(function: Callable[..., Any], default: int | None) -> Callable[..., Any]:
+    """Let axis=None mean, as with NumPy, the elements in row order."""
+
+    def over(x: Any, *others: Any, axis: int | None = default) -> Any:
+        if axis is None:
+            return function(shape.reshape(x, -1), *others, axis=0)
+        return function(x, *others, axis=axis)
+
+    return over
+
+
 # NumPy's function: (tapegrad's, how many leading arguments go by position, other names).
 _Row = tuple[Callable[..., Any], int, dict[str, str]]
 _FUNCTIONS: dict[Callable[..., Any], _Row] = {
@@ -97,6 +109,8 @@ _FUNCTIONS: dict[Callable[..., Any], _Row] = {
     np.prod: (scans.prod, 1, {}),
     np.max: (reductions.max, 1, {}),
     np.min: (reductions.min, 1, {}),
+    np.amax: (reductions.max, 1, {}),
+    np.amin: (reductions.min, 1, {}),
     np.all: (reductions.all, 1, {}),
     np.any: (reductions.any, 1, {}),
     np.argmax: (reductions.argmax, 1, {}),
@@ -140,10 +154,10 @@ _FUNCTIONS: dict[Callable[..., Any], _Row] = {
         2,
         {},
     ),
-    np.take: (indexing.take, 2, {}),
-    np.take_along_axis: (indexing.take_along_axis, 2, {}),
-    np.sort: (indexing.sort, 1, {}),
-    np.argsort: (indexing.argsort, 1, {}),
+    np.take: (_over_flat(indexing.take, None), 2, {}),
+    np.take_along_axis: (_over_flat(indexing.take_along_axis, -1), 2, {}),
+    np.sort: (_over_flat(indexing.sort, -1), 1, {}),
+    np.argsort: (_over_flat(indexing.argsort, -1), 1, {}),
     np.zeros_like: (creation.zeros_like, 1, {}),
     np.ones_like: (creation.ones_like, 1, {}),
     np.full_like: (creation.full_like, 2, {}),
@@ -203,6 +217,7 @@ def _array_function(
     if row is not None:
         ours, by_position, names = row
         given = inspect.signature(function).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
         values = list(given.items())
         options = {names.get(name, name): value for name, value in values[by_position:]}
         if not options.keys() - inspect.signature(ours).parameters.keys():

@@ -223,25 +223,31 @@ def min(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor
 # ---- log-sum-exp
 
 
-def _logsumexp_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool) -> Array:
+def _finite_max_forward(xp: Module, x: Array, *, axis: tuple[int, ...]) -> Array:
     top = xp.max(x, axis=axis, keepdims=True)
-    top = xp.where(xp.isfinite(top), top, top.dtype.type(0))
+    return xp.where(xp.isfinite(top), top, top.dtype.type(0))
+
+
+# The largest element, kept in its axes, or 0: what is subtracted so that exp cannot overflow. It
+# cancels, and so has no part in any derivative.
+_finite_max: Primitive = primitive("finite_max", _finite_max_forward, None)
+
+
+def _logsumexp_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool) -> Array:
+    top = _finite_max_forward(xp, x, axis=axis)
     with np.errstate(divide="ignore", over="ignore"):  # log(0) where all elements are -inf
         y = xp.log(xp.sum(xp.exp(x - top), axis=axis, keepdims=True)) + top
-    return y if keepdims else y.reshape(_without(x.shape, axis))
+    return y if keepdims else y.reshape([n for i, n in enumerate(x.shape) if i not in axis])
 
 
-def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(length for i, length in enumerate(shape) if i not in axes)
+def _logsumexp_vjp(g: Tensor, _y: Any, x: Any, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
+    # The softmax by its definition: exp(x - y) would carry the rounding of a large y.
+    shares = ew.exp(ew.subtract(x, _finite_max(x, axis=axis)))
+    total = sum(shares, axis=axis, keepdims=True)
+    return ew.scale(spread(g, x, axis), ew.divide(shares, ew.where(ew.equal(total, 0), 1, total)))
 
 
-_logsumexp: Primitive = primitive(
-    "logsumexp",
-    _logsumexp_forward,
-    lambda g, y, x, *, axis, keepdims: ew.scale(
-        spread(g, x, axis), ew.exp_of_difference(x, spread(y, x, axis))
-    ),
-)
+_logsumexp: Primitive = primitive("logsumexp", _logsumexp_forward, _logsumexp_vjp)
 
 
 def logsumexp(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
@@ -250,8 +256,8 @@ def logsumexp(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> 
     The derivative is the softmax, and 0 where all elements are -inf. Arguments and errors are
     those of `max`.
 
-    >>> print(tg.logsumexp([1000.0, 1000.0]))
-    tg.Tensor(1000.6931, shape=(), dtype=float32)
+    >>> print(f"{tg.logsumexp([1000.0, 1000.0]):.3f}")
+    1000.693
     """
     x = as_tensor(x)
     return _logsumexp(x, axis=normalize_axes("logsumexp", axis, x.ndim), keepdims=keepdims)

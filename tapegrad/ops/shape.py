@@ -108,7 +108,7 @@ def expand_dims(x: ArrayLike, /, axis: int | Sequence[int] = 0) -> Tensor:
     (2, 1, 3)
     """
     x = as_tensor(x)
-    added = len(axis) if isinstance(axis, (tuple, list)) else 1
+    added = len(axis) if isinstance(axis, Sequence) else 1
     places = normalize_axes("expand_dims", axis, x.ndim + added)
     lengths = iter(x.shape)
     shape = tuple(1 if i in places else next(lengths) for i in range(x.ndim + added))
@@ -401,6 +401,8 @@ def pad(
         return _pad(x, widths=tuple((int(b), int(a)) for b, a in pairs), value=value)
     for i, (before, after) in enumerate(pairs):
         if before or after:
+            if x.shape[i] == 0:
+                raise ValueError(f"[pad] axis {i} is empty: {mode!r} has nothing to repeat")
             index = np.pad(np.arange(x.shape[i]), (int(before), int(after)), mode=mode)
             x = getitem(x, (*(slice(None),) * i, index))
     return x

@@ -112,7 +112,13 @@ class Model(Layer):
             *self._metrics,
             *self._weighted_metrics,
         ]
-        return {metric.name: float(metric.result()) for metric in every}
+        numbers: dict[str, float] = {}
+        for metric in every:
+            name, k = metric.name, 1
+            while name in numbers:  # two of one name are both shown
+                name, k = f"{metric.name}_{k}", k + 1
+            numbers[name] = float(metric.result())
+        return numbers
 
     def _reset(self) -> None:
         for metric in [self._loss_mean, *self._metrics, *self._weighted_metrics]:
@@ -184,12 +190,19 @@ class Model(Layer):
                     numbers |= {f"val_{name}": value for name, value in held_out.items()}
                 history.append(epoch, numbers)
                 progress.end(done, numbers)
+                if interrupts.asked:  # while validating: this epoch is whole, the next not begun
+                    history.interrupted = True
+                    break
         return history
 
     def _evaluate(self, x: Any, y: Any, sample_weight: Any, batch_size: int) -> dict[str, float]:
         self._reset()
+        done = 0
         for batch in _batches(x, y, sample_weight, batch_size, False, None):
             self.test_step(*_unpack(batch))
+            done += 1
+        if not done:
+            raise ValueError("there is no batch to evaluate on: the data has no rows")
         return self._numbers()
 
     def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -58,7 +59,11 @@ class Progress:
             self._drawn = 0
 
     def _draw(self, done: int, numbers: Mapping[str, float]) -> None:
+        # A line that wraps cannot be written over: the bar goes first, then what is too long.
+        width = _width(self._stream) - 1
         text = self._text(done, numbers, bar=True)
+        if len(text) > width:
+            text = self._text(done, numbers, bar=False)[:width]
         self._stream.write("\r" + text + " " * (self._drawn - len(text)))
         self._stream.flush()
         self._drawn = len(text)
@@ -80,6 +85,13 @@ class Progress:
         parts.append(f"[{_clock(elapsed)}{left}, {rate:.4g} {self._unit}/s]")
         parts += [f"{name}={value:.4f}" for name, value in numbers.items()]
         return " ".join(parts)
+
+
+def _width(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
 
 
 def _clock(seconds: float) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,22 @@ def build(settings: Settings, features: int, classes: int) -> Sequential:
 
 
 def train(
-    settings: Settings, dataset: data.Dataset, output: Path, backend_name: str, verbose: int
+    settings: Settings,
+    dataset: data.Dataset,
+    output: Path,
+    backend_name: str | None,
+    verbose: int,
 ) -> tuple[History, dict[str, float]]:
     """Train, evaluate on the test images after each epoch, and write the run's folder.
 
     Returns the history, and the loss and accuracy on the test images at the end.
     """
+    if not dataset.classes:
+        raise ValueError(
+            f"{dataset.name}: the labels do not number classes: they must be 0, 1, 2, ..."
+        )
     output.mkdir(parents=True, exist_ok=True)
-    with backend(backend_name):
+    with _chosen(backend_name):
         random.seed(settings.seed)
         model = build(settings, dataset.train_images.shape[1], len(dataset.classes))
         held_out = (dataset.test_images, dataset.test_labels)
@@ -104,7 +114,9 @@ def train(
     return history, final
 
 
-def evaluate(folder: Path, dataset: data.Dataset | None, backend_name: str) -> dict[str, float]:
+def evaluate(
+    folder: Path, dataset: data.Dataset | None, backend_name: str | None
+) -> dict[str, float]:
     """Return the test loss and accuracy of the model that a run's folder holds.
 
     dataset  None: the data set that the run was trained on.
@@ -118,13 +130,17 @@ def evaluate(folder: Path, dataset: data.Dataset | None, backend_name: str) -> d
             f"the model in {folder} takes {features} numbers an image, "
             f"{dataset.name} has {dataset.test_images.shape[1]}"
         )
-    with backend(backend_name):
+    with _chosen(backend_name):
         model = build(settings, features, classes)
         model.load_weights(folder / WEIGHTS)
         found: dict[str, float] = model.evaluate(
             dataset.test_images, dataset.test_labels, batch_size=1024, return_dict=True
         )
     return found
+
+
+def _chosen(backend_name: str | None) -> AbstractContextManager[None]:
+    return nullcontext() if backend_name is None else backend(backend_name)
 
 
 def read_settings(folder: Path) -> tuple[Settings, int, int]:
@@ -136,17 +152,48 @@ def read_settings(folder: Path) -> tuple[Settings, int, int]:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: byte {getattr(error, 'pos', 0)}: no JSON: {error}") from None
-    names = {field.name for field in fields(Settings)} | {"features", "classes"}
-    if not isinstance(found, dict) or found.keys() != names:
-        raise FormatError(f"{path}: byte 0: settings must name exactly {', '.join(sorted(names))}")
+    wrong = _what_is_wrong(found)
+    if wrong:
+        raise FormatError(f"{path}: byte 0: {wrong}")
     features, classes = found.pop("features"), found.pop("classes")
-    hidden = found["hidden"]
-    numbers = [features, classes, *(hidden if isinstance(hidden, list) else [None])]
-    if not all(type(n) is int and 0 < n < 1 << 24 for n in numbers):
-        raise FormatError(f"{path}: byte 0: sizes of layers must be positive integers")
-    if found["optimizer"] not in OPTIMIZERS or found["activation"] not in layers.ACTIVATIONS:
-        raise FormatError(f"{path}: byte 0: unknown optimizer or activation")
-    return Settings(**{**found, "hidden": tuple(hidden)}), features, classes
+    sizes = [features, *found["hidden"], classes]
+    numbers = sum((a + 1) * b for a, b in itertools.pairwise(sizes))
+    # Before anything of that size is made; smaller ones are better judged by the weights file.
+    if 4 * numbers > max(os.path.getsize(folder / WEIGHTS), 1 << 26):
+        raise FormatError(
+            f"{path}: byte 0: a model of {numbers} parameters, more than {WEIGHTS} beside it holds"
+        )
+    return Settings(**{**found, "hidden": tuple(found["hidden"])}), features, classes
+
+
+def _what_is_wrong(found: Any) -> str | None:
+    """Return what in a settings file is not as `train` writes it."""
+
+    def size(value: Any) -> bool:
+        return type(value) is int and 0 < value < 1 << 24
+
+    def number(value: Any, low: float, high: float) -> bool:
+        return type(value) in (int, float) and low <= value < high
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        "data": lambda v: isinstance(v, str),
+        "hidden": lambda v: isinstance(v, list) and all(map(size, v)),
+        "activation": lambda v: isinstance(v, str) and v in layers.ACTIVATIONS,
+        "dropout": lambda v: number(v, 0, 1),
+        "optimizer": lambda v: isinstance(v, str) and v in OPTIMIZERS,
+        "learning_rate": lambda v: v is None or number(v, 0, float("inf")),
+        "batch_size": size,
+        "epochs": size,
+        "seed": lambda v: type(v) is int and v >= 0,
+        "features": size,
+        "classes": size,
+    }
+    if not isinstance(found, dict) or found.keys() != checks.keys():
+        return f"settings must name exactly {', '.join(checks)}"
+    return next(
+        (f"{n} cannot be {found[n]!r:.80}" for n, good in checks.items() if not good(found[n])),
+        None,
+    )
 
 
 def describe(settings: Settings) -> str:

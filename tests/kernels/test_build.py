@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nvrtc
 import pytest
@@ -49,7 +50,7 @@ def test_every_kernel_of_every_source_is_listed():
         kernels = set(re.findall(r"\b(tapegrad_\w+)\(", source.code()))
         listed = {re.sub("<.*", "", name) for name in kernel_names()[source.file]}
         assert kernels == listed
-    files = {path.name for path in _build._FOLDER.glob("*.cu")}
+    files = {path.name for path in Path(_build.__file__).parent.glob("*.cu")}
     assert files == {source.file for source in _build.SOURCES}
     assert kernel_names()["ElementwiseKernel"] == ["tapegrad_scale", "tapegrad_relu_grad"]
 
@@ -120,6 +121,6 @@ assert not any(source._kernels for source in _build.SOURCES)
 
 
 def test_the_folder_is_no_package_of_its_own():
-    folder = str(_build._FOLDER.resolve().parent)
+    folder = str(Path(_build.__file__).resolve().parent.parent)
     result = run_python(f"import sys; sys.path.insert(0, {folder!r}); import kernels")
     assert "ImportError: import tapegrad.kernels, not kernels" in result.stderr
