@@ -232,7 +232,15 @@ def test_files_of_ones_own(capsys, name):
     assert tapegrad(capsys, "evaluate", "runs/mine") == (0, [printed], [])
 
 
-def test_interrupting_keeps_what_was_trained(capsys, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT interrupt, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupting_keeps_what_was_trained(ctrl_c, capsys, monkeypatch):
     step = tg.Model.train_step
     steps = []
 
@@ -253,7 +261,7 @@ def test_interrupting_keeps_what_was_trained(capsys, monkeypatch):
     assert tapegrad(capsys, "evaluate", "runs/digits")[1] == [printed]
 
 
-def test_interrupting_in_the_first_epoch(capsys, monkeypatch):
+def test_interrupting_in_the_first_epoch(ctrl_c, capsys, monkeypatch):
     step = tg.Model.train_step
 
     def interrupted(self, *batch):

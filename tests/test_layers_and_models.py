@@ -569,6 +569,18 @@ def test_fit_goes_through_all_rows_in_every_epoch():
     assert joined(in_order.seen[True]) == list(range(10)) * 2
 
 
+def test_fit_leaves_frozen_layers_alone():
+    x, y = blobs(20)
+    model = classifier()
+    model.extra = tg.Variable(1.0, trainable=False)
+    model.layers[0].trainable = False
+    before = model.get_weights()
+    model.compile("adam", from_logits())
+    model.fit(x, y, epochs=2)
+    for i, (was, now) in enumerate(zip(before, model.get_weights(), strict=True)):
+        assert (was == now).all() == (i in (0, 1, 4))
+
+
 def test_history_is_that_of_whole_epochs():
     x, y = blobs(43)
     model = classifier()
@@ -1045,6 +1057,14 @@ def test_verbose_modes(capsys):
 # ---- Ctrl-C
 
 
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT interrupt, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupted(tg.Model):
     """A linear model that is interrupted in the middle of a step, or of an evaluation."""
 
@@ -1087,7 +1107,7 @@ def fit_column(model, **options):
 
 
 @pytest.mark.parametrize(("at", "finished"), [(1, 0), (2, 0), (4, 1), (8, 2)])
-def test_the_first_interrupt_ends_training_after_the_step(at, finished):
+def test_the_first_interrupt_ends_training_after_the_step(ctrl_c, at, finished):
     model = interrupted(at)
     before = signal.getsignal(signal.SIGINT)
     history = fit_column(model, epochs=5)  # three steps an epoch
@@ -1105,14 +1125,14 @@ def test_the_first_interrupt_ends_training_after_the_step(at, finished):
     assert not fit_column(model, epochs=1).interrupted
 
 
-def test_an_interrupt_while_validating_starts_no_further_step():
+def test_an_interrupt_while_validating_starts_no_further_step(ctrl_c):
     model = interrupted(1, training=False)
     history = fit_column(model, epochs=5, validation_data=(COLUMN, COLUMN))
     assert history.interrupted
     assert model.calls[True] == 3  # the steps of the first epoch
 
 
-def test_the_second_interrupt_stops_at_once():
+def test_the_second_interrupt_stops_at_once(ctrl_c):
     model = interrupted(5, 2)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -1123,7 +1143,7 @@ def test_the_second_interrupt_stops_at_once():
     )
 
 
-def test_an_interrupt_is_told_where_anything_is_shown(capsys):
+def test_an_interrupt_is_told_where_anything_is_shown(ctrl_c, capsys):
     fit_column(interrupted(4), epochs=5, verbose=2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
