@@ -2,7 +2,8 @@
 // SC 2011), equal to numpy.random.Philox's.
 //
 // One thread encrypts one 256-bit counter and writes its four words; thread i takes the counter
-// given plus i.
+// given plus 1 + i, for NumPy increments before the first block. Counter and key lie on the device,
+// so that a captured launch sees them change.
 #include "common.cuh"
 
 using word = unsigned long long;
@@ -12,19 +13,13 @@ constexpr int kRounds = 10, kWords = 4;
 constexpr word kMultiply0 = 0xD2E7470EE14C6C93ull, kMultiply1 = 0xCA5A826395121157ull;
 constexpr word kWeyl0 = 0x9E3779B97F4A7C15ull, kWeyl1 = 0xBB67AE8584CAA73Bull;
 
-extern "C" __global__ void tapegrad_philox(word *out, index_t count, word key_0, word key_1,
-                                           word counter_0, word counter_1, word counter_2,
-                                           word counter_3) {
+extern "C" __global__ void tapegrad_philox(word *__restrict__ out,
+                                           const long long *__restrict__ counter,
+                                           const word *__restrict__ key, index_t count) {
   const index_t step = index_t(gridDim.x) * blockDim.x;
   for (index_t i = index_t(blockIdx.x) * blockDim.x + threadIdx.x; i * kWords < count; i += step) {
-    word c[kWords] = {counter_0 + word(i), counter_1, counter_2, counter_3};
-    bool carry = c[0] < word(i);
-#pragma unroll
-    for (int k = 1; k < kWords; ++k) {
-      c[k] += carry;
-      carry = carry && c[k] == 0;
-    }
-    word k0 = key_0, k1 = key_1;
+    word c[kWords] = {word(*counter) + 1 + word(i), 0, 0, 0};  // 2^63 steps never reach c[1]
+    word k0 = key[0], k1 = key[1];
 #pragma unroll
     for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
       const word high_0 = __umul64hi(kMultiply0, c[0]), low_0 = kMultiply0 * c[0];

@@ -6,6 +6,7 @@ import numpy as _np
 
 from tapegrad import data, initializers, layers, losses, metrics, nn, optimizers, random, testing
 from tapegrad._backend import backend, get_backend, set_backend
+from tapegrad._recording import no_record
 from tapegrad._tape_arguments import UnconnectedGradients
 from tapegrad.config import config
 from tapegrad.custom import custom_gradient, grad_pass_through, recompute_grad, stop_gradient
@@ -146,7 +147,6 @@ from tapegrad.ops.shape import (
     transpose,
     unstack,
 )
-from tapegrad.primitive import no_record
 from tapegrad.tape import GradientTape
 from tapegrad.tensor import Tensor, constant, from_dlpack
 from tapegrad.training.model import Model, Sequential

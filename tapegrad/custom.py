@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from tapegrad import _backend
+from tapegrad._recording import only, state
 from tapegrad._structure import flatten, is_container, map_structure, unflatten
 from tapegrad._tape_arguments import is_floating
 from tapegrad.errors import TapeWarning
-from tapegrad.primitive import Primitive, primitive, state
+from tapegrad.primitive import Primitive, primitive
 from tapegrad.tape import GradientTape
 from tapegrad.tensor import Operand, Tensor, as_array, wrap
 from tapegrad.variable import Variable
@@ -38,6 +39,8 @@ def stop_gradient(x: Any) -> Any:
 class _Observer:
     """Listens in place of the tapes while a function runs: what it reads from outside itself."""
 
+    lasting = False
+
     def __init__(self, own: Sequence[Tensor]) -> None:
         self._inside = {x.id for x in own}
         self.variables: dict[int, tuple[Variable, Tensor]] = {}  # with the value first read
@@ -58,20 +61,15 @@ class _Observer:
 
     def writing(self, variable: Variable) -> None:
         if variable.id not in self.variables:
-            with _recorders([]):
+            with only([]):
                 self.variables[variable.id] = (variable, variable._read())
 
     def watches(self, x: Operand) -> bool:
         return True  # somebody may: then what is only for tapes is worth doing
 
 
-@contextmanager
-def _recorders(recorders: list[Any]) -> Iterator[None]:
-    outer, state.recorders = state.recorders, recorders
-    try:
-        yield
-    finally:
-        state.recorders = outer
+def _tapes() -> list[Any]:
+    return [recorder for recorder in state.recorders if not recorder.lasting]
 
 
 def _tensor(value: Any) -> Tensor:
@@ -87,7 +85,7 @@ def _own_outputs(result: Any, foreign: set[int]) -> tuple[Any, list[Tensor]]:
     leaves = []
     for leaf in flatten(result):
         y = _tensor(leaf)
-        leaves.append(wrap(y._array) if y.id in foreign else y)
+        leaves.append(_stop(y) if y.id in foreign else y)
     return unflatten(result, leaves), leaves
 
 
@@ -160,12 +158,12 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
             leaves[i] = _tensor(leaves[i])
         args = unflatten(args, leaves)
         inputs = [leaves[i] for i in slots]
-        recorders = state.recorders
+        recorders = _tapes()
         observer = _Observer(inputs)
         # Outer tapes see the function's own operations too, so that second derivatives reach what
         # `grad` captures of them. A single tape that can answer once never asks for those.
         seen_by = recorders if _second_order_is_possible(recorders) else []
-        with _recorders([*seen_by, observer]):
+        with only([*seen_by, observer]):
             answer = function(*args, **kwargs)
         result, grad = _result_and_grad(answer, name)
         if not recorders:
@@ -350,7 +348,7 @@ def recompute_grad(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        recorders = state.recorders
+        recorders = _tapes()
         if not recorders:
             return function(*args, **kwargs)
         leaves = [
@@ -359,7 +357,7 @@ def recompute_grad(function: Callable[..., Any]) -> Callable[..., Any]:
         arguments = [leaf for leaf in leaves if type(leaf) is Tensor]
         observer = _Observer(arguments)
         call_args, call_kwargs = unflatten((args, kwargs), leaves)
-        with _recorders([observer]):
+        with only([observer]):
             result = function(*call_args, **call_kwargs)
         before = list(observer.variables.values())
         variables = [(v, version) for v, version in before if is_floating(v.dtype)]
@@ -396,14 +394,14 @@ def recompute_grad(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _old_values(before: list[tuple[Variable, Tensor]]) -> Iterator[None]:
     """Give Variables the values of a first run, and afterwards those of now."""
-    with _recorders([]):
+    with only([]):
         now = [(variable, variable._read()) for variable, _ in before]
         for variable, version in before:
             _set(variable, version)
     try:
         yield
     finally:
-        with _recorders([]):
+        with only([]):
             for variable, version in now:
                 _set(variable, version)
 

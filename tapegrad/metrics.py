@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from tapegrad import losses
+from tapegrad._recording import no_record
 from tapegrad._targets import as_columns, labels_and_scores, pair
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, reductions
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import zeros_like
-from tapegrad.primitive import no_record
 from tapegrad.tensor import ArrayLike, Tensor
 from tapegrad.variable import Variable
 

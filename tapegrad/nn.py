@@ -9,11 +9,12 @@ import numpy as np
 
 from tapegrad import fused
 from tapegrad._backend import Array, Module
+from tapegrad._recording import is_recording
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, linear_algebra, reductions
 from tapegrad.ops.arguments import as_tensor, normalize_axis
-from tapegrad.primitive import Primitive, is_recording, primitive
+from tapegrad.primitive import Primitive, primitive
 from tapegrad.random import Generator, default_generator
 from tapegrad.tensor import ArrayLike, Tensor
 

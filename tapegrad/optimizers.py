@@ -12,12 +12,13 @@ import numpy as np
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
 from tapegrad._blocks import for_blocks
+from tapegrad._recording import no_record
 from tapegrad._storage import Buffer
 from tapegrad._structure import flatten
 from tapegrad.errors import TapeWarning
 from tapegrad.kernels import optimizers as kernels
 from tapegrad.linear import fit
-from tapegrad.primitive import Update, no_record
+from tapegrad.primitive import Update
 from tapegrad.tensor import Operand, Tensor
 from tapegrad.variable import Variable, over_memory
 
@@ -384,9 +385,7 @@ class Optimizer:
         """Keep hyper-parameters where the parameters are: a kernel reads them there."""
         xp = _backend.module_of((like._array,))
         for v in (*self._hyperparameters.values(), self._iterations):
-            if _backend.module_of((v._array,)) is not xp:
-                array = _backend.to_module(v._array, xp)
-                v._place(Buffer(array), array.view())
+            v._move(xp)
 
     def slot(self, variable: Variable, name: str) -> Tensor:
         """Return a copy of one of a variable's slots, as `"m"` and `"v"` of Adam.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._recording import state
 from tapegrad._storage import register_view
 from tapegrad.tensor import Operand, Tensor, as_array, is_convertible, next_id, wrap
 
@@ -21,42 +18,11 @@ _P = TypeVar("_P", bound="Primitive")
 _new = object.__new__
 _NUMBERS = frozenset((float, int))
 _NO_PARAMS: dict[str, Any] = {}
-# Frames of these files are never "the user's line": ours, and the `with` machinery between.
-_OWN_FILES = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
 
 
 class NotConvertible(TypeError):
     """An argument is of a kind that no operation takes."""
 
-
-class Recorder(Protocol):
-    """What listens to primitives while it is active on a thread: a tape."""
-
-    def record(
-        self,
-        primitive: Primitive,
-        inputs: Sequence[Any],
-        outputs: tuple[Tensor, ...],
-        params: dict[str, Any],
-        node: Any,
-    ) -> Any:
-        """Note one call; `node` is what another recorder made of the same call, or None."""
-
-    def accessed(self, variable: Any, version: Tensor) -> None:
-        """Note that `variable` was read and gave `version`."""
-
-    def writing(self, variable: Any) -> None:
-        """Note that `variable` is about to change."""
-
-
-class _ThreadState(threading.local):
-    """What is active on this thread; every thread starts with nothing."""
-
-    def __init__(self) -> None:
-        self.recorders: list[Any] = []
-
-
-state = _ThreadState()
 
 # All primitives by name: for tests that must not miss one.
 primitives: dict[str, Primitive] = {}
@@ -435,38 +401,6 @@ class Update:
                 self.forward(xp, *arrays, **params)
         except (ValueError, TypeError) as error:
             raise type(error)(f"[{self.name}] {error}") from error
-
-
-@contextlib.contextmanager
-def no_record() -> Iterator[None]:
-    """Hide what happens in a `with` block, on this thread, from every tape that is active.
-
-    Also a decorator. A tape that is opened inside the block records as usual.
-
-    >>> import tapegrad as tg
-    >>> x = tg.Variable(3.0)
-    >>> with tg.GradientTape() as tape:
-    ...     with tg.no_record():
-    ...         y = x * x
-    >>> tape.gradient(y, x) is None
-    True
-    """
-    outer = state.recorders
-    state.recorders = []
-    try:
-        yield
-    finally:
-        state.recorders = outer
-
-
-def is_recording(*operands: Operand) -> bool:
-    """Tell whether a tape that is active on this thread watches one of the operands."""
-    return any(recorder.watches(x) for recorder in state.recorders for x in operands)
-
-
-def user_location() -> str:
-    """Return `file:line` of the innermost call that is not tapegrad's own."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        for recorder in recorders:
+            if recorder.lasting:
+                recorder.updated(self, inputs, params)

@@ -17,6 +17,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
+from tapegrad._recording import no_record
 from tapegrad.kernels import random as kernels
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing
@@ -27,13 +28,19 @@ from tapegrad.tensor import DEFAULT_FLOAT, ArrayLike, Tensor
 from tapegrad.variable import Variable
 
 
-def _bits_forward(xp: Module, *, count: int, key: int, counter: int) -> Array:
-    bits = np.random.Philox(key=key, counter=counter).random_raw(count)
+def _bits_forward(xp: Module, counter: Array, key: Array, *, count: int) -> Array:
+    bits = np.random.Philox(key=_number(key), counter=int(counter)).random_raw(count)
     return bits if xp is np else xp.asarray(bits)
 
 
-# `count` words of 64 bits; four words make one step of the counter.
-_bits: Primitive = primitive("random_bits", _bits_forward, kernel=kernels.philox_bits)
+def _number(key: Array) -> int:
+    low, high = key.tolist()
+    return int(high) << 64 | int(low)
+
+
+# `count` words of 64 bits; four words make one step of the counter. Counter and key are inputs, so
+# that a compiled program sees them change.
+_bits: Primitive = primitive("random_bits", _bits_forward, None, None, kernel=kernels.philox_bits)
 
 _WORDS_A_STEP = 4
 # How many bits a number between 0 and 1 takes: as many as its type can tell apart.
@@ -95,8 +102,8 @@ class Generator:
 
     seed  an int >= 0; None takes one from the operating system.
 
-    The stream's place is `counter`, a Variable on the host. Drawing from several threads is safe,
-    though their order then is not fixed.
+    The stream's place is `counter`, a Variable that lies where numbers are drawn. Drawing from
+    several threads is safe, though their order then is not fixed.
 
     >>> a, b = tg.random.Generator(7), tg.random.Generator(7)
     >>> bool(tg.all(a.normal(3) == b.normal(3)))
@@ -105,33 +112,46 @@ class Generator:
 
     def __init__(self, seed: int | None = None) -> None:
         self._lock = threading.Lock()
-        self._key: int | None = None
         with _backend.backend("numpy"):
             self.counter = Variable(np.int64(0), trainable=False, name="random_counter")
+            self._key = Variable(np.zeros(2, np.uint64), trainable=False, name="random_key")
         self.seed(seed)
 
     def seed(self, seed: int | None) -> None:
         """Begin the stream of another seed, or the same one anew."""
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
             raise ValueError(f"a seed is an integer >= 0 or None, got {seed!r}")
-        self._seed, self._key = seed, None
+        # The operating system's randomness waits until it is needed: importing asks for none.
+        self._unseeded = seed is None
+        if seed is not None:
+            self._set_key(seed)
         self.counter.assign(0)
+
+    def _set_key(self, seed: int | None) -> None:
+        words = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        with no_record():  # whoever draws again wants this key, no other
+            self._key.assign(words)
+        self._unseeded = False
 
     @property
     def key(self) -> int:
-        """The stream's 128-bit key, made of the seed when first asked for."""
-        if self._key is None:
-            low, high = np.random.SeedSequence(self._seed).generate_state(2, np.uint64)
-            self._key = int(high) << 64 | int(low)
-        return self._key
+        """The stream's 128-bit key, made of the seed."""
+        if self._unseeded:
+            self._set_key(None)
+        return _number(self._key._array)
 
     def _draw(self, numbers: int, bits_each: int) -> Tensor:
         """Return bits for so many numbers, and move on."""
         words = -(-numbers * bits_each // 64)
         with self._lock:
-            start = int(self.counter._read())
-            self.counter.assign(start + -(-words // _WORDS_A_STEP))
-        return _bits(count=words, key=self.key, counter=start)
+            if self._unseeded:
+                self._set_key(None)
+            xp = _backend.default_module()
+            self.counter._move(xp)
+            self._key._move(xp)
+            bits = _bits(self.counter, self._key, count=words)
+            self.counter.assign_add(-(-words // _WORDS_A_STEP))
+        return bits
 
     def uniform(
         self,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._recording import no_record, state, user_location
 from tapegrad._structure import flatten_with_paths, is_container, refuse_unordered, unflatten
 from tapegrad._tape_arguments import (
     UnconnectedGradients,
@@ -25,7 +26,7 @@ from tapegrad._tape_arguments import (
 )
 from tapegrad.errors import TapeWarning
 from tapegrad.linear import add, fit, ones_like, permute, reshape, stack, zeros_like
-from tapegrad.primitive import Primitive, state, user_location
+from tapegrad.primitive import Primitive
 from tapegrad.tensor import Operand, Tensor, as_array, wrap
 from tapegrad.variable import Variable
 
@@ -120,6 +121,8 @@ class GradientTape:
     >>> print(tape.gradient(y, x))
     tg.Tensor(6.0, shape=(), dtype=float32)
     """
+
+    lasting = False  # no_record hides things from it
 
     def __init__(self, persistent: bool = False, watch_accessed_variables: bool = True) -> None:
         for name, value in (
@@ -762,11 +765,8 @@ def _current(x: Operand) -> Tensor:
     """Return an operand's value now, without any tape taking it for a use."""
     if not isinstance(x, Variable):
         return x._read()
-    recorders, state.recorders = state.recorders, []
-    try:
+    with no_record():
         return x._read()
-    finally:
-        state.recorders = recorders
 
 
 _warned_of_recorded_gradient = False

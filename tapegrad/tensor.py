@@ -12,6 +12,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
+from tapegrad._recording import state, tell_copied, tell_leaving
 from tapegrad._storage import lies_in_buffer, register_view
 
 # What operations accept beside CuPy's arrays: everything that can become a Tensor.
@@ -88,7 +89,12 @@ class Operand:
         >>> tg.constant([1.0, 2.0]).numpy()
         array([1., 2.], dtype=float32)
         """
+        self._leave(".numpy()")
         return _backend.to_numpy(self._array)
+
+    def _leave(self, how: str) -> None:
+        if state.recorders:
+            tell_leaving(self, how)
 
     @property
     def array(self) -> Array:
@@ -96,6 +102,7 @@ class Operand:
 
         A Variable's raw array, and that of a Tensor read from it, shows the next value too.
         """
+        self._leave(".array")
         array = self._array
         if isinstance(array, (np.ndarray, np.generic)):
             array = np.asarray(array).view()
@@ -106,14 +113,17 @@ class Operand:
         """Return the only element as a Python number; raises `ValueError` if there are more."""
         if self.size != 1:
             raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
+        self._leave(".item()")
         return self._array.item()
 
     def tolist(self) -> Any:
         """Return the values as nested lists of Python numbers."""
+        self._leave(".tolist()")
         return self._array.tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Return the values for `np.asarray(x)`: read-only and uncopied where that is safe."""
+        self._leave("np.asarray(x)")
         array = self._array
         if self.backend == "cupy":
             raise TypeError(
@@ -139,6 +149,7 @@ class Operand:
         """Export a copy of the values; raises what the array module raises for bad options."""
         if options.get("copy") is False:
             raise BufferError("tapegrad exports copies only: a consumer could write to the values")
+        self._leave("DLPack")
         options.pop("copy", None)
         array = self._array
         array = np.array(array) if self.backend == "numpy" else array.copy()
@@ -157,6 +168,7 @@ class Operand:
             raise TypeError(
                 f"only a tensor of one element can become {kind}, this one has shape {self.shape}"
             )
+        self._leave(kind)
         return self._array.item()
 
     def __float__(self) -> float:
@@ -174,6 +186,7 @@ class Operand:
                 "the truth value of a tensor of more than one element is ambiguous: "
                 "use tg.any(x) or tg.all(x)"
             )
+        self._leave("a Python bool (an `if`, a `while`, `and`)")
         return bool(self._array)
 
     def __len__(self) -> int:
@@ -187,6 +200,7 @@ class Operand:
         return format(self._scalar(f"text by the format {spec!r}"), spec)
 
     def __contains__(self, value: Any) -> bool:
+        self._leave("`in`")
         return bool((self._array == value).any())
 
     # ---- identity: hashing is by object, so that `gradients[variable]` works
@@ -246,6 +260,8 @@ class Tensor(Operand):
         # as_array hands out an operand's own array, and a Variable's memory changes
         self._array = array.copy() if isinstance(value, Operand) else array
         self.id = next_id()
+        if state.recorders and isinstance(value, Operand):
+            tell_copied(value._read(), self)
 
     def _read(self) -> Tensor:
         return self

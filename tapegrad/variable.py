@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
+from tapegrad._index import filled
+from tapegrad._recording import lasting, state
 from tapegrad._storage import Buffer, register_view
-from tapegrad.primitive import Update, state
+from tapegrad.primitive import Update
 from tapegrad.tensor import Operand, Tensor, as_array, describe, next_id, wrap
 
 _new = object.__new__
 
 
-def _assign(xp: Module, target: Array, value: Any, *, index: Any = ...) -> None:
-    target[index] = value
+def _assign(xp: Module, target: Array, value: Any, *arrays: Array, index: Any = ...) -> None:
+    target[index if index is ... else filled(index, arrays)] = value
 
 
-def _assign_add(xp: Module, target: Array, value: Any, *, index: Any = ...) -> None:
+def _assign_add(xp: Module, target: Array, value: Any, *arrays: Array, index: Any = ...) -> None:
     if index is ...:
         target += value
     else:
-        target += _spread(xp, target, value, index)
+        target += _spread(xp, target, value, filled(index, arrays))
 
 
-def _assign_sub(xp: Module, target: Array, value: Any, *, index: Any = ...) -> None:
+def _assign_sub(xp: Module, target: Array, value: Any, *arrays: Array, index: Any = ...) -> None:
     if index is ...:
         target -= value
     else:
-        target -= _spread(xp, target, value, index)
+        target -= _spread(xp, target, value, filled(index, arrays))
 
 
 def _spread(xp: Module, target: Array, value: Any, index: Any) -> Array:
@@ -81,6 +84,8 @@ class Variable(Operand):
         self._trainable = bool(trainable)
         self.id = next_id()
         self.name = "Variable" if name is None else name
+        for recorder in lasting():
+            recorder.created(self)
 
     def _place(self, buffer: Buffer, array: Array) -> None:
         """Let the values lie in `array`, a view of the buffer's memory that holds them already."""
@@ -88,6 +93,12 @@ class Variable(Operand):
         self._array = array
         self._tensor: Tensor | None = None
         buffer.add_member(self)
+
+    def _move(self, xp: Module) -> None:
+        """Let the values lie in memory of the array module `xp`, if they do not yet."""
+        if _backend.module_of((self._array,)) is not xp:
+            array = _backend.to_module(self._array, xp)
+            self._place(Buffer(array), array.view())
 
     def _read(self) -> Tensor:
         """Return this version's value: one Tensor for as long as nothing is assigned."""
@@ -127,7 +138,9 @@ class Variable(Operand):
         """Subtract `delta`, of the same shape, and return the variable; raises as `assign`."""
         return self._update(assign_sub, delta)
 
-    def _update(self, update: Update, value: Any, index: Any = None) -> Variable:
+    def _update(
+        self, update: Update, value: Any, index: Any = None, arrays: Sequence[Tensor] = ()
+    ) -> Variable:
         if isinstance(value, Operand):
             value = value._read()
         elif not isinstance(value, (float, int)) or isinstance(value, (bool, np.generic)):
@@ -147,7 +160,7 @@ class Variable(Operand):
         if index is None:
             update(self, value)
         else:
-            update(self, value, index=index)
+            update(self, value, *arrays, index=index)
         return self
 
     def _refuse_in_place(self, other: Any) -> NoReturn:
@@ -199,14 +212,17 @@ def _unpickle(values: Any, backend: str, trainable: bool, name: str) -> Variable
 class VariableSlice(Tensor):
     """What `variable[index]` gives: a Tensor that can also assign to that part of the variable."""
 
-    __slots__ = ("_index", "_plain", "_variable")
+    __slots__ = ("_arrays", "_index", "_plain", "_variable")
 
-    def __init__(self, variable: Variable, index: Any, plain: Tensor) -> None:
+    def __init__(
+        self, variable: Variable, index: Any, arrays: Sequence[Tensor], plain: Tensor
+    ) -> None:
         self._array = plain._array
         self.id = plain.id
         self._plain = plain
         self._variable = variable
         self._index = index
+        self._arrays = arrays
         if self._array.base is not None:
             register_view(self)
 
@@ -215,12 +231,12 @@ class VariableSlice(Tensor):
 
     def assign(self, value: Any) -> Variable:
         """Set this part of the variable (numbers are spread) and return the variable."""
-        return self._variable._update(assign, value, self._index)
+        return self._variable._update(assign, value, self._index, self._arrays)
 
     def assign_add(self, delta: Any) -> Variable:
         """Add to this part of the variable and return the variable."""
-        return self._variable._update(assign_add, delta, self._index)
+        return self._variable._update(assign_add, delta, self._index, self._arrays)
 
     def assign_sub(self, delta: Any) -> Variable:
         """Subtract from this part of the variable and return the variable."""
-        return self._variable._update(assign_sub, delta, self._index)
+        return self._variable._update(assign_sub, delta, self._index, self._arrays)

@@ -10,7 +10,7 @@ import pytest
 # The GPU tests set it to "cupy"; elsewhere an installed CuPy without a device must not be asked.
 os.environ.setdefault("TAPEGRAD_BACKEND", "numpy")
 
-from tapegrad.primitive import state
+from tapegrad._recording import state
 
 
 @pytest.fixture(autouse=True)

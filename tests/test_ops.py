@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import tapegrad as tg
-from tapegrad.primitive import primitives, state
+from tapegrad._recording import state
+from tapegrad.primitive import primitives
 from tapegrad.tensor import wrap
 from tapegrad.testing import TOLERANCES, check_gradients
 from tests.cases import CASES, KINDS, REFUSALS, Array, Case, Refusal, kinds_of

@@ -171,10 +171,10 @@ tg.optimizers.Adam().apply_gradients(zip(gradients, model.trainable_variables))
 
 # From the bottom up: a module imports from lower layers, or within its own without a circle.
 LAYERS: list[list[str]] = [
-    ["_backend", "kernels", "kernels.*"],
+    ["_backend", "_recording", "kernels", "kernels.*"],
     ["_blocks", "_files", "_storage", "_structure", "config", "errors"],
     ["tensor"],
-    ["primitive"],
+    ["_index", "primitive"],
     ["linear", "variable"],
     ["_tape_arguments", "tape"],
     ["ops", "ops.*"],

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from tapegrad._recording import no_record
 from tapegrad._structure import flatten_with_paths, map_structure
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import to_backend
 from tapegrad.ops.indexing import getitem, take
-from tapegrad.primitive import no_record
 from tapegrad.random import Generator, default_generator
 from tapegrad.tensor import Tensor
 

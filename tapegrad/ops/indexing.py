@@ -4,96 +4,31 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
+from tapegrad._index import FULL, SLOT, Index, filled, index_array, parse
 from tapegrad.kernels import scatter_add as kernels
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops.arguments import as_tensor, normalize_axis
 from tapegrad.primitive import Primitive, primitive
-from tapegrad.tensor import ArrayLike, Operand, Tensor, as_array, wrap
-
-
-class _Slot:
-    """Stands in an index for an array, which is an input of the operation."""
-
-    def __repr__(self) -> str:
-        return "array"
-
-
-_SLOT: Final = _Slot()
-_FULL = slice(None)
-
-Index = tuple[Any, ...]
-
-
-def _filled(index: Index, arrays: tuple[Array, ...]) -> Index:
-    rest = iter(arrays)
-    return tuple(next(rest) if part is _SLOT else part for part in index)
-
-
-def _parse(index: Any, xp: Module) -> tuple[Index, list[Tensor]]:
-    """Split what stands between the brackets into a template and the arrays of its slots."""
-    kind = type(index)
-    if kind is int or kind is slice:
-        return (index,), []
-    parts: list[Any] = []
-    arrays: list[Tensor] = []
-    for part in index if isinstance(index, tuple) else (index,):
-        if part is None or part is Ellipsis:
-            parts.append(part)
-        elif isinstance(part, slice):
-            parts.append(slice(*map(_bound, (part.start, part.stop, part.step))))
-        elif isinstance(part, (int, np.integer)) and not isinstance(part, bool):
-            parts.append(int(part))
-        else:
-            parts.append(_SLOT)
-            arrays.append(_index_array(part, xp))
-    return tuple(parts), arrays
-
-
-def _bound(value: Any) -> int | None:
-    return None if value is None else operator.index(value)
-
-
-def _index_array(part: Any, xp: Module) -> Tensor:
-    if isinstance(part, Operand):
-        array = part._read()
-    elif isinstance(part, list) and not part:
-        array = wrap(xp.zeros(0, np.int64))
-    else:
-        try:
-            array = wrap(as_array(part, xp=xp))
-        except (TypeError, ValueError) as error:
-            raise IndexError(f"[getitem] {error}") from None
-    if array.dtype.kind not in "iub":
-        raise IndexError(
-            "[getitem] an index is an integer, a slice, None, ..., or an array of integers or "
-            f"booleans, got {array.dtype}"
-        )
-    return array
-
-
-def raw_index(index: Any, xp: Module) -> Any:
-    """Return an index with its tensors as raw arrays, for a write."""
-    template, arrays = _parse(index, xp)
-    return _filled(template, tuple(tensor._array for tensor in arrays))
+from tapegrad.tensor import ArrayLike, Tensor, wrap
 
 
 def _getitem_forward(xp: Module, x: Array, *arrays: Array, index: Index) -> Array:
     if xp is not np and arrays:
         _check_bounds(x.shape, arrays, index)
-    return x[_filled(index, arrays)]
+    return x[filled(index, arrays)]
 
 
 def _check_bounds(shape: tuple[int, ...], arrays: tuple[Array, ...], index: Index) -> None:
     """Raise `IndexError` where NumPy would: CuPy wraps an index that is out of range, silently."""
     rest = iter(arrays)
-    parts = [next(rest) if part is _SLOT else part for part in index]
+    parts = [next(rest) if part is SLOT else part for part in index]
     taken = [
         0 if part is None or part is Ellipsis else getattr(part, "ndim", 1) if _is_mask(part) else 1
         for part in parts
@@ -120,7 +55,7 @@ def _getitem_vjp(
     if not arrays:
         return (_place(g, shape=_x.shape, index=index),)
     rows = _x.shape[0] if _x.ndim else 1
-    if index[0] is _SLOT and arrays[0].dtype.kind != "b" and all(p == _FULL for p in index[1:]):
+    if index[0] is SLOT and arrays[0].dtype.kind != "b" and all(p == FULL for p in index[1:]):
         columns = math.prod(_x.shape[1:])  # whole rows: moved as such
         places = _row_numbers(arrays[0], rows=rows)
     else:
@@ -158,7 +93,7 @@ _row_numbers: Primitive = primitive(
 
 
 def _places_forward(xp: Module, *arrays: Array, shape: tuple[int, ...], index: Index) -> Array:
-    return xp.arange(math.prod(shape)).reshape(shape)[_filled(index, arrays)].reshape(-1)
+    return xp.arange(math.prod(shape)).reshape(shape)[filled(index, arrays)].reshape(-1)
 
 
 _places: Primitive = primitive("places", _places_forward, None)
@@ -167,7 +102,7 @@ _places: Primitive = primitive("places", _places_forward, None)
 _scatter_add: Primitive = primitive(
     "scatter_add",
     lambda xp, values, index, *, rows: _backend.scatter_add(xp, values, index, rows),
-    lambda g, _y, _values, index, *, rows: _getitem(g, index, index=(_SLOT,)),
+    lambda g, _y, _values, index, *, rows: _getitem(g, index, index=(SLOT,)),
     None,
     kernel=kernels.scatter_add,
 )
@@ -182,7 +117,7 @@ def getitem(x: ArrayLike, index: Any, /) -> Tensor:
     tg.Tensor([1. 1. 3.], shape=(3,), dtype=float32)
     """
     x = as_tensor(x)
-    template, arrays = _parse(index, _backend.module_of((x._array,)))
+    template, arrays = parse(index, _backend.module_of((x._array,)))
     return _getitem(x, *arrays, index=template)
 
 
@@ -201,10 +136,10 @@ def take(x: ArrayLike, indices: ArrayLike, /, axis: int | None = None) -> Tensor
     if axis is None and x.ndim != 1:
         raise ValueError(f"[take] axis must be given for x of shape {x.shape}")
     place = normalize_axis("take", 0 if axis is None else axis, x.ndim)
-    array = _index_array(indices, _backend.module_of((x._array,)))
+    array = index_array(indices, _backend.module_of((x._array,)))
     if array.dtype.kind == "b":
         raise IndexError("[take] indices must be integers, got bool: write x[mask]")
-    return _getitem(x, array, index=(_FULL,) * place + (_SLOT,))
+    return _getitem(x, array, index=(FULL,) * place + (SLOT,))
 
 
 def gather(params: ArrayLike, indices: ArrayLike, /, axis: int = 0) -> Tensor:
@@ -232,7 +167,7 @@ def take_along_axis(x: ArrayLike, indices: ArrayLike, /, axis: int = -1) -> Tens
     """
     x = as_tensor(x)
     xp = _backend.module_of((x._array,))
-    array = _index_array(indices, xp)
+    array = index_array(indices, xp)
     if array.ndim != x.ndim:
         raise ValueError(
             f"[take_along_axis] indices must have the rank of x, {x.ndim}, got {array.shape}"
@@ -243,7 +178,7 @@ def take_along_axis(x: ArrayLike, indices: ArrayLike, /, axis: int = -1) -> Tens
         for i, length in enumerate(x.shape)
     ]
     others[place] = array
-    return _getitem(x, *others, index=(_SLOT,) * x.ndim)
+    return _getitem(x, *others, index=(SLOT,) * x.ndim)
 
 
 _one_hot: Primitive = primitive(

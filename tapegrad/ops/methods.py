@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tapegrad import _backend
+from tapegrad._index import parse
 from tapegrad.linear import add
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, linear_algebra, reductions, scans, shape
@@ -126,8 +127,8 @@ def _iterate(self: Operand) -> Iterator[Tensor]:
 
 
 def _slice_of_variable(self: Variable, index: Any) -> VariableSlice:
-    raw = indexing.raw_index(index, _backend.module_of((self._array,)))
-    return VariableSlice(self, raw, indexing.getitem(self, index))
+    template, arrays = parse(index, _backend.module_of((self._array,)))
+    return VariableSlice(self, template, arrays, indexing.getitem(self, index))
 
 
 def _set_slice_of_variable(self: Variable, index: Any, value: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tapegrad._recording import is_recording
 from tapegrad._structure import flatten, map_structure
 from tapegrad.ops import creation, indexing, linear_algebra, reductions, scans, shape
 from tapegrad.ops import elementwise as ew
-from tapegrad.primitive import is_recording
 from tapegrad.tensor import Operand
 
 _UFUNCS: dict[np.ufunc, Callable[..., Any]] = {

@@ -10,6 +10,7 @@ import numpy as np
 
 from tapegrad import losses, optimizers
 from tapegrad import metrics as metrics_module
+from tapegrad._recording import no_record
 from tapegrad._structure import flatten
 from tapegrad.data.batches import Batches
 from tapegrad.layers import Layer
@@ -18,7 +19,6 @@ from tapegrad.ops import shape as shapes
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import zeros
 from tapegrad.ops.indexing import getitem, take
-from tapegrad.primitive import no_record
 from tapegrad.tape import GradientTape
 from tapegrad.tensor import Tensor, constant
 from tapegrad.training.history import History

@@ -134,9 +134,9 @@ def test_philox():
     count = PAST + 6
     with kernels_on_cpu():
         out = sparse(count, dtype="u8")
-        words = [np.uint64(w) for w in (1, 0, 6, 0, 0, 0)]  # key 1; counter 5, incremented
+        key, counter = np.array([1, 0], np.uint64), np.array(5)
         grid = (-(-count // 4 // 256),)
-        run_end(random, "tapegrad_philox", grid, (256,), out, np.int64(count), *words)
+        run_end(random, "tapegrad_philox", grid, (256,), out, counter, key, np.int64(count))
         want = np.random.Philox(key=1, counter=5 + PAST // 4).random_raw(6)
         np.testing.assert_array_equal(out[-6:], want)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import tapegrad as tg
-from tapegrad.primitive import Primitive, user_location
+from tapegrad._recording import user_location
+from tapegrad.primitive import Primitive
 
 Pair = namedtuple("Pair", "first second")
 

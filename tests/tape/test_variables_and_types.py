@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tapegrad as tg
-from tapegrad.ops import indexing
+from tapegrad._index import parse
 from tapegrad.primitive import primitives
 
 
@@ -526,7 +526,7 @@ class Wrapping(np.ndarray):
 @pytest.mark.parametrize("index", [[1, 3], [-4]])
 def test_I9_nor_where_the_array_module_would_wrap_it(index):
     x = np.arange(3.0).view(Wrapping)
-    template, _ = indexing._parse([0], np)
+    template, _ = parse([0], np)
     forward = primitives["getitem"].forward
     not_numpy = object()
     np.testing.assert_array_equal(forward(not_numpy, x, np.array([2, -3]), index=template), [2, 0])

@@ -1,0 +1,134 @@
+"""Who listens while operations run: tapes, and the recorders of compiled functions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+# Frames of these files are never "the user's line": ours, and the `with` machinery between.
+_OWN_FILES = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
+
+
+class Recorder(Protocol):
+    """What listens to primitives while it is active on a thread.
+
+    lasting  whether it hears everything, `no_record` and the reverse pass included: a compiled
+             function's recorder. A tape hears what it watches, and can be told to overlook things.
+    """
+
+    lasting: bool
+
+    def record(
+        self,
+        primitive: Any,
+        inputs: Sequence[Any],
+        outputs: tuple[Any, ...],
+        params: dict[str, Any],
+        node: Any,
+    ) -> Any:
+        """Note one call; `node` is what another recorder made of the same call, or None."""
+
+    def accessed(self, variable: Any, version: Any) -> None:
+        """Note that `variable` was read and gave `version`."""
+
+    def writing(self, variable: Any) -> None:
+        """Note that `variable` is about to change."""
+
+    def watches(self, x: Any) -> bool:
+        """Tell whether what is computed from `x` now is recorded."""
+
+
+class LastingRecorder(Recorder, Protocol):
+    """What a recorder that hears everything is told beside."""
+
+    def updated(self, update: Any, inputs: Sequence[Any], params: dict[str, Any]) -> None:
+        """Note a write that has happened."""
+
+    def leaving(self, x: Any, how: str) -> None:
+        """Note that values of `x` go to where nothing of them can be recorded."""
+
+    def copied(self, x: Any, copy: Any) -> None:
+        """Note that `copy` was made a constant of x's values."""
+
+    def created(self, variable: Any) -> None:
+        """Note that a Variable was made."""
+
+
+class _ThreadState(threading.local):
+    """What is active on this thread; every thread starts with nothing."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Any] = []
+
+
+state = _ThreadState()
+
+
+def lasting() -> list[Any]:
+    """Return the recorders of this thread that hear everything."""
+    return [recorder for recorder in state.recorders if recorder.lasting]
+
+
+@contextlib.contextmanager
+def only(recorders: Sequence[Any]) -> Iterator[None]:
+    """Let these recorders listen in a `with` block, and those that hear everything."""
+    outer = state.recorders
+    heard = lasting()
+    state.recorders = heard + [r for r in recorders if not r.lasting]
+    try:
+        yield
+    finally:
+        state.recorders = outer
+
+
+@contextlib.contextmanager
+def no_record() -> Iterator[None]:
+    """Hide what happens in a `with` block, on this thread, from every tape that is active.
+
+    Also a decorator. A tape that is opened inside the block records as usual.
+
+    >>> import tapegrad as tg
+    >>> x = tg.Variable(3.0)
+    >>> with tg.GradientTape() as tape:
+    ...     with tg.no_record():
+    ...         y = x * x
+    >>> tape.gradient(y, x) is None
+    True
+    """
+    outer = state.recorders
+    state.recorders = lasting()
+    try:
+        yield
+    finally:
+        state.recorders = outer
+
+
+def is_recording(*operands: Any) -> bool:
+    """Tell whether a tape that is active on this thread watches one of the operands."""
+    return any(recorder.watches(x) for recorder in state.recorders for x in operands)
+
+
+def tell_leaving(x: Any, how: str) -> None:
+    """Tell those that hear everything that values of `x` become plain Python or NumPy values."""
+    for recorder in state.recorders:
+        if recorder.lasting:
+            recorder.leaving(x, how)
+
+
+def tell_copied(x: Any, copy: Any) -> None:
+    """Tell those that hear everything that a tensor was copied, which is no operation on a tape."""
+    for recorder in state.recorders:
+        if recorder.lasting:
+            recorder.copied(x, copy)
+
+
+def user_location() -> str:
+    """Return `file:line` of the innermost call that is not tapegrad's own."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
