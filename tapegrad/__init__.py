@@ -6,6 +6,7 @@ import numpy as _np
 
 from tapegrad import data, initializers, layers, losses, metrics, nn, optimizers, random, testing
 from tapegrad._backend import backend, get_backend, set_backend
+from tapegrad._function import function
 from tapegrad._recording import no_record
 from tapegrad._tape_arguments import UnconnectedGradients
 from tapegrad.config import config
@@ -246,6 +247,7 @@ __all__ = [
     "from_dlpack",
     "full",
     "full_like",
+    "function",
     "gather",
     "get_backend",
     "getitem",

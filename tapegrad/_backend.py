@@ -136,8 +136,10 @@ def _usable_cupy() -> tuple[Module | None, str | None, bool]:
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return None, "no CUDA device was found", True
+        # The driver may be too old for this CuPy, or CUDA's compiler and headers missing: without
+        # them there is memory but not one operation.
+        cupy.empty(1) + 1
         _load(cupy)
-        cupy.empty(1)  # a driver may be there, and yet too old for this CuPy
     except Exception as error:
         return None, f"{type(error).__name__}: {error}", True
     return cupy, None, True
@@ -302,6 +304,19 @@ def byte_bounds(array: Array) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
+def out_of_memory(error: MemoryError, name: str) -> MemoryError:
+    """Return CuPy's complaint with the operation's name and what is free; NumPy's as it is."""
+    if _cupy is None or not isinstance(error, _cupy.cuda.memory.OutOfMemoryError):
+        return error
+    text = str(error).rstrip(".")
+    free, total = _cupy.cuda.Device().mem_info
+    unused = _cupy.get_default_memory_pool().free_bytes()
+    return MemoryError(
+        f"[{name}] {text[:1].lower()}{text[1:]}: {free + unused:,} of the GPU's {total:,} bytes "
+        "are free; take smaller batches, or let go of tensors and tapes that are not needed"
+    )
+
+
 def _is_cupy(array: Array) -> bool:
     return cupy_ndarray is not None and isinstance(array, cupy_ndarray)
 
@@ -330,3 +345,24 @@ def scatter_add(xp: Module, values: Array, index: Array, rows: int) -> Array:
     last = xp.concatenate([key[1:] != key[:-1], xp.ones(1, bool)])
     out[key[last]] = total[last]
     return out
+
+
+def write_at(xp: Module, target: Array, index: Any, value: Any) -> None:
+    """Do `target[index] = value`; where a place is named twice, the last value stays.
+
+    So it is in NumPy. In CuPy any of them may, and another one in the next run.
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    if xp is np or not any(getattr(part, "dtype", np.dtype(bool)).kind in "iu" for part in parts):
+        target[index] = value
+        return
+    places = xp.arange(target.size).reshape(target.shape)[index]
+    values = xp.broadcast_to(xp.asarray(value, target.dtype), places.shape).reshape(-1)
+    if places.size == 0:
+        return
+    order = xp.argsort(places.reshape(-1), kind="stable")
+    key = places.reshape(-1)[order]
+    last = xp.concatenate([key[1:] != key[:-1], xp.ones(1, bool)])
+    flat = target.reshape(-1)  # a view, or a copy that is put back
+    flat[key[last]] = values[order[last]]
+    target[...] = flat.reshape(target.shape)

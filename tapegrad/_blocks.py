@@ -39,17 +39,30 @@ if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def for_blocks(size: int, work: Callable[[slice], None]) -> None:
-    """Call `work` on slices that cover 0 .. size; results must not depend on their order."""
+def lanes(size: int) -> int:
+    """Return how many threads `for_blocks` uses for so many elements."""
+    return 1 if size < _THREADS_FROM else _THREADS
 
-    def part(start: int, end: int) -> None:
-        for first in range(start, end, BLOCK):
-            work(slice(first, min(first + BLOCK, end)))
 
-    if size < _THREADS_FROM or _THREADS == 1:
-        part(0, size)
+def for_blocks(size: int, work: Callable[[slice, int], None]) -> None:
+    """Call `work(slice, lane)` on slices that cover 0 .. size, in any order.
+
+    One lane's calls come one after the other: what they use for scratch can be shared by lane.
+    """
+    count = lanes(size)
+    if count == 1:
+        _lane(work, 0, 0, size)
         return
-    share = -(-size // _THREADS // BLOCK) * BLOCK
+    share = -(-size // count // BLOCK) * BLOCK
     starts = range(0, size, share)
     # list() waits for all of them and raises what one of them raised
-    list(_threads().map(lambda start: part(start, min(start + share, size)), starts))
+    list(
+        _threads().map(
+            lambda i: _lane(work, i, starts[i], min(starts[i] + share, size)), range(len(starts))
+        )
+    )
+
+
+def _lane(work: Callable[[slice, int], None], lane: int, start: int, end: int) -> None:
+    for first in range(start, end, BLOCK):
+        work(slice(first, min(first + BLOCK, end)), lane)

@@ -18,9 +18,11 @@ class Recorder(Protocol):
 
     lasting  whether it hears everything, `no_record` and the reverse pass included: a compiled
              function's recorder. A tape hears what it watches, and can be told to overlook things.
+    since    versions of Variables with smaller ids are not what a reading gives while it listens.
     """
 
     lasting: bool
+    since: int
 
     def record(
         self,

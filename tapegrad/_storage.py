@@ -27,18 +27,23 @@ class _Member(Protocol):
 # its own for as long as the entry lives.
 _buffers: dict[int, weakref.ref[Buffer]] = {}
 
+# How often a Variable was given a place in memory: compiled programs hold places.
+placements = 0
+
 
 class Buffer:
     """One allocation that holds the values of one or more Variables.
 
     shared  whether an optimiser has put its variables here, one after the other.
+    shown   whether a Tensor may show what lies here: then a write must be announced.
     """
 
-    __slots__ = ("__weakref__", "_members", "_prune_at", "_tensors", "array", "shared")
+    __slots__ = ("__weakref__", "_members", "_prune_at", "_tensors", "array", "shared", "shown")
 
     def __init__(self, array: Array) -> None:
         self.array = array
         self.shared = False
+        self.shown = False
         self._members: list[weakref.ref[_Member]] = []
         self._tensors: list[weakref.ref[_HoldsArray]] = []
         self._prune_at = 32
@@ -52,6 +57,7 @@ class Buffer:
 
     def register(self, tensor: _HoldsArray) -> None:
         """Note that `tensor` shows memory of this buffer."""
+        self.shown = True
         tensors = self._tensors
         if len(tensors) >= self._prune_at:  # a program that reads for ever and never writes
             self._tensors = tensors = [ref for ref in tensors if ref() is not None]
@@ -77,6 +83,8 @@ class Buffer:
             else:
                 kept.append(ref)
         self._tensors = kept
+        if everything:
+            self.shown = False
 
 
 def _overlaps(array: Array, low: int, high: int) -> bool:

@@ -40,6 +40,7 @@ class _Observer:
     """Listens in place of the tapes while a function runs: what it reads from outside itself."""
 
     lasting = False
+    since = 0
 
     def __init__(self, own: Sequence[Tensor]) -> None:
         self._inside = {x.id for x in own}

@@ -11,7 +11,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
-from tapegrad._blocks import for_blocks
+from tapegrad._flat_update import FlatUpdate
 from tapegrad._recording import no_record
 from tapegrad._storage import Buffer
 from tapegrad._structure import flatten
@@ -26,126 +26,163 @@ from tapegrad.variable import Variable, over_memory
 _ALIGNMENT = 256
 
 
-# ---- the updates: meanings on flat arrays, in place, and their kernels
+# ---- the updates
 #
-# Hyper-parameters are 0-d float64 arrays and `step` a 0-d int64 array, so that a compiled program
-# sees them change. `_like` gives them the parameters' type: they must not promote float32.
+# An update is a rule on blocks of flat arrays, in place: `rule(xp, *arrays, spare, *numbers)`, with
+# scratch of a block's size and numbers of the parameters' type (a wider type would promote). Its
+# numbers come from the hyper-parameters, 0-d float64 arrays, and `step`, a 0-d int64 array: a
+# compiled program reads them anew in every call.
 
 
-def _like(p: Array, value: Any) -> Any:
-    return value.astype(p.dtype)[()]
+def _sgd_numbers(learning_rate: float) -> tuple[float, ...]:
+    return (learning_rate,)
 
 
-def _divisor(xp: Module, root: Array, eps: Any) -> Array:
-    """Keep 0 / 0 from a parameter that never had a gradient (padding, say): it does not move."""
-    if xp is np and eps:
-        return root
-    return xp.where(root == 0, root.dtype.type(math.inf), root)
+def _sgd_rule(xp: Module, p: Array, g: Array, spare: Array, rate: Any) -> None:
+    xp.multiply(g, rate, spare)
+    xp.subtract(p, spare, p)
 
 
-def _sgd(xp: Module, p: Array, g: Array, learning_rate: Array) -> None:
-    rate = _like(p, learning_rate)
-
-    def block(s: slice) -> None:
-        p[s] -= g[s] * rate
-
-    for_blocks(p.size, block)
+def _momentum_numbers(learning_rate: float, momentum: float) -> tuple[float, ...]:
+    return learning_rate, momentum
 
 
-def _momentum(
+def _momentum_rule(
     xp: Module,
     p: Array,
     v: Array,
     g: Array,
-    learning_rate: Array,
-    momentum: Array,
+    spare: Array,
+    rate: Any,
+    mu: Any,
     *,
     nesterov: bool,
 ) -> None:
-    rate, mu = _like(p, learning_rate), _like(p, momentum)
-
-    def block(s: slice) -> None:
-        step = g[s] * rate
-        v[s] *= mu
-        v[s] -= step
-        if nesterov:
-            p[s] += v[s] * mu
-            p[s] -= step
-        else:
-            p[s] += v[s]
-
-    for_blocks(p.size, block)
+    multiply, subtract, add = xp.multiply, xp.subtract, xp.add
+    multiply(g, rate, spare)
+    multiply(v, mu, v)
+    subtract(v, spare, v)
+    if nesterov:
+        subtract(p, spare, p)
+        multiply(v, mu, spare)
+        add(p, spare, p)
+    else:
+        add(p, v, p)
 
 
-def _adagrad(
-    xp: Module, p: Array, a: Array, g: Array, learning_rate: Array, epsilon: Array
+def _divide_by_root(xp: Module, g: Array, square: Array, spare: Array, rate: Any, eps: Any) -> None:
+    """Let spare = rate * g / (sqrt(square) + eps).
+
+    With an epsilon of 0 a parameter that never had a gradient (padding, say) would be 0 / 0: it
+    does not move.
+    """
+    xp.sqrt(square, spare)
+    if eps:
+        xp.add(spare, eps, spare)
+    else:
+        spare[...] = xp.where(spare == 0, spare.dtype.type(math.inf), spare)
+    xp.divide(g, spare, spare)
+    xp.multiply(spare, rate, spare)
+
+
+def _adagrad_numbers(learning_rate: float, epsilon: float) -> tuple[float, ...]:
+    return learning_rate, epsilon
+
+
+def _adagrad_rule(
+    xp: Module, p: Array, a: Array, g: Array, spare: Array, rate: Any, eps: Any
 ) -> None:
-    rate, eps = _like(p, learning_rate), _like(p, epsilon)
-
-    def block(s: slice) -> None:
-        a[s] += g[s] * g[s]
-        p[s] -= g[s] * rate / _divisor(xp, xp.sqrt(a[s]) + eps, eps)
-
-    for_blocks(p.size, block)
+    xp.multiply(g, g, spare)
+    xp.add(a, spare, a)
+    _divide_by_root(xp, g, a, spare, rate, eps)
+    xp.subtract(p, spare, p)
 
 
-def _rmsprop(
-    xp: Module, p: Array, v: Array, g: Array, learning_rate: Array, rho: Array, epsilon: Array
+def _rmsprop_numbers(learning_rate: float, rho: float, epsilon: float) -> tuple[float, ...]:
+    return learning_rate, rho, 1 - rho, epsilon
+
+
+def _rmsprop_rule(
+    xp: Module,
+    p: Array,
+    v: Array,
+    g: Array,
+    spare: Array,
+    rate: Any,
+    keep: Any,
+    take: Any,
+    eps: Any,
 ) -> None:
-    rate, eps = _like(p, learning_rate), _like(p, epsilon)
-    keep, take = _like(p, rho), _like(p, 1 - rho)
-
-    def block(s: slice) -> None:
-        v[s] *= keep
-        v[s] += g[s] * g[s] * take
-        p[s] -= g[s] * rate / _divisor(xp, xp.sqrt(v[s]) + eps, eps)
-
-    for_blocks(p.size, block)
+    xp.multiply(g, g, spare)
+    xp.multiply(spare, take, spare)
+    xp.multiply(v, keep, v)
+    xp.add(v, spare, v)
+    _divide_by_root(xp, g, v, spare, rate, eps)
+    xp.subtract(p, spare, p)
 
 
-def _adam(
+def _adam_numbers(
+    step: int,
+    learning_rate: float,
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> tuple[float, ...]:
+    # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
+    # the root: two passes over memory fewer.
+    root = math.sqrt(1 - beta_2**step)
+    return (
+        beta_1,
+        1 - beta_1,
+        beta_2,
+        1 - beta_2,
+        learning_rate * root / (1 - beta_1**step),
+        epsilon * root,
+        1 - learning_rate * weight_decay,
+    )
+
+
+def _adam_rule(
     xp: Module,
     p: Array,
     m: Array,
     v: Array,
     g: Array,
-    step: Array,
-    learning_rate: Array,
-    beta_1: Array,
-    beta_2: Array,
-    epsilon: Array,
-    weight_decay: Array,
+    spare: Array,
+    b1: Any,
+    new1: Any,
+    b2: Any,
+    new2: Any,
+    rate: Any,
+    eps: Any,
+    shrink: Any,
 ) -> None:
-    b1, b2, eps = _like(p, beta_1), _like(p, beta_2), _like(p, epsilon)
-    new1, new2 = _like(p, 1 - beta_1), _like(p, 1 - beta_2)
-    rate = _like(p, learning_rate / (1 - beta_1**step))
-    unbias = _like(p, 1 / (1 - beta_2**step))
-    shrink = _like(p, 1 - learning_rate * weight_decay)
-
-    def block(s: slice) -> None:
-        part = g[s] * new1
-        m[s] *= b1
-        m[s] += part
-        xp.multiply(g[s], g[s], out=part)
-        part *= new2
-        v[s] *= b2
-        v[s] += part
-        xp.multiply(v[s], unbias, out=part)
-        xp.sqrt(part, out=part)
-        part += eps
-        xp.divide(m[s], _divisor(xp, part, eps), out=part)
-        part *= rate
-        p[s] *= shrink
-        p[s] -= part
-
-    for_blocks(p.size, block)
+    multiply, add = xp.multiply, xp.add
+    multiply(g, new1, spare)
+    multiply(m, b1, m)
+    add(m, spare, m)
+    multiply(g, g, spare)
+    multiply(spare, new2, spare)
+    multiply(v, b2, v)
+    add(v, spare, v)
+    _divide_by_root(xp, m, v, spare, rate, eps)
+    if shrink != 1:
+        multiply(p, shrink, p)
+    xp.subtract(p, spare, p)
 
 
-sgd_update = Update("sgd", _sgd, writes=1, kernel=kernels.sgd)
-momentum_update = Update("momentum", _momentum, writes=2, kernel=kernels.momentum)
-adagrad_update = Update("adagrad", _adagrad, writes=2, kernel=kernels.adagrad)
-rmsprop_update = Update("rmsprop", _rmsprop, writes=2, kernel=kernels.rmsprop)
-adam_update = Update("adam", _adam, writes=3, kernel=kernels.adam)
+sgd_update = FlatUpdate("sgd", _sgd_rule, _sgd_numbers, writes=1, kernel=kernels.sgd)
+momentum_update = FlatUpdate(
+    "momentum", _momentum_rule, _momentum_numbers, writes=2, kernel=kernels.momentum
+)
+adagrad_update = FlatUpdate(
+    "adagrad", _adagrad_rule, _adagrad_numbers, writes=2, kernel=kernels.adagrad
+)
+rmsprop_update = FlatUpdate(
+    "rmsprop", _rmsprop_rule, _rmsprop_numbers, writes=2, kernel=kernels.rmsprop
+)
+adam_update = FlatUpdate("adam", _adam_rule, _adam_numbers, writes=3, kernel=kernels.adam)
 
 
 def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...]) -> None:

@@ -115,6 +115,8 @@ class Primitive:
                 y = self.forward(xp, *arrays, **params)
         except (ValueError, TypeError, IndexError) as error:
             raise self._explained(error, arrays) from error
+        except MemoryError as error:
+            raise _backend.out_of_memory(error, self.name) from None
         return self._finish(y, values, params)
 
     def _finish(self, y: Any, inputs: Sequence[Any], params: dict[str, Any]) -> Tensor:
@@ -401,6 +403,8 @@ class Update:
                 self.forward(xp, *arrays, **params)
         except (ValueError, TypeError) as error:
             raise type(error)(f"[{self.name}] {error}") from error
+        except MemoryError as error:
+            raise _backend.out_of_memory(error, self.name) from None
         for recorder in recorders:
             if recorder.lasting:
                 recorder.updated(self, inputs, params)

@@ -123,6 +123,7 @@ class GradientTape:
     """
 
     lasting = False  # no_record hides things from it
+    since = 0
 
     def __init__(self, persistent: bool = False, watch_accessed_variables: bool = True) -> None:
         for name, value in (

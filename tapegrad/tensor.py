@@ -329,7 +329,12 @@ def as_array(value: Any, dtype: Any = None, xp: Module | None = None) -> Array:
     else:
         values = _as_numpy(value, dtype)
     xp = _backend.default_module() if xp is None else xp
-    return _scalar(values) if xp is np else xp.asarray(values)
+    if xp is np:
+        return _scalar(values)
+    try:
+        return xp.asarray(values)
+    except MemoryError as error:
+        raise _backend.out_of_memory(error, "constant") from None
 
 
 def _scalar(array: np.ndarray[Any, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tapegrad import _backend
+from tapegrad import _backend, _storage
 from tapegrad._backend import Array, Module
 from tapegrad._index import filled
 from tapegrad._recording import lasting, state
@@ -19,7 +19,7 @@ _new = object.__new__
 
 
 def _assign(xp: Module, target: Array, value: Any, *arrays: Array, index: Any = ...) -> None:
-    target[index if index is ... else filled(index, arrays)] = value
+    _backend.write_at(xp, target, index if index is ... else filled(index, arrays), value)
 
 
 def _assign_add(xp: Module, target: Array, value: Any, *arrays: Array, index: Any = ...) -> None:
@@ -91,8 +91,14 @@ class Variable(Operand):
         """Let the values lie in `array`, a view of the buffer's memory that holds them already."""
         self._buffer = buffer
         self._array = array
+        _storage.placements += 1
         self._tensor: Tensor | None = None
         buffer.add_member(self)
+
+    def _tear(self, why: str) -> None:
+        """Let every further use say that the values are neither the old nor the new ones."""
+        self._array = _Torn(self.name, why)
+        self._tensor = None
 
     def _move(self, xp: Module) -> None:
         """Let the values lie in memory of the array module `xp`, if they do not yet."""
@@ -103,9 +109,11 @@ class Variable(Operand):
     def _read(self) -> Tensor:
         """Return this version's value: one Tensor for as long as nothing is assigned."""
         version = self._tensor
-        if version is None:
+        recorders = state.recorders
+        if version is None or (recorders and version.id < recorders[0].since):
             version = self._tensor = self._version()
-        for recorder in state.recorders:
+            self._buffer.shown = True
+        for recorder in recorders:
             recorder.accessed(self, version)
         return version
 
@@ -191,6 +199,19 @@ class Variable(Operand):
 
     def __reduce__(self) -> Any:
         return _unpickle, (self.numpy(), self.backend, self._trainable, self.name)
+
+
+class _Torn:
+    """Stands in place of an array that was half written."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self._text = (
+            f"variable {name!r} holds neither its old nor its new values: {why}; load its weights "
+            "again, or make it anew"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError(self._text)
 
 
 def over_memory(buffer: Buffer, array: Array) -> Variable:

@@ -319,7 +319,7 @@ def test_blocks_cover_every_element_once(monkeypatch, threads):
         seen = np.zeros(size, int)
         workers = set()
 
-        def work(s, seen=seen, workers=workers):
+        def work(s, lane, seen=seen, workers=workers):
             assert 0 < s.stop - s.start <= 8
             seen[s] += 1
             workers.add(threading.get_ident())
@@ -335,7 +335,7 @@ def test_blocks_cover_every_element_once(monkeypatch, threads):
 def test_what_a_block_raises_is_raised(monkeypatch):
     monkeypatch.setattr(_blocks, "_THREADS", 2)
 
-    def work(s):
+    def work(s, lane):
         if s.stop == size:
             raise ArithmeticError("the last block")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._backend import Module
 from tapegrad.ops.arguments import as_tensor, normalize_shape
 from tapegrad.ops.elementwise import astype
 from tapegrad.primitive import Primitive, primitive
@@ -60,14 +61,21 @@ def full(shape: Shape, value: float, *, dtype: Any = None) -> Tensor:
     filling = as_array(value, dtype, np)
     if filling.ndim:
         raise ValueError(f"[full] value must be one number, got shape {filling.shape}")
-    xp = _backend.default_module()
-    return wrap(xp.full(normalize_shape("full", shape), filling[()], filling.dtype))
+    lengths = normalize_shape("full", shape)
+    return _filled(_backend.default_module(), lengths, filling[()], filling.dtype)
+
+
+def _filled(xp: Module, shape: tuple[int, ...], value: Any, dtype: Any) -> Tensor:
+    try:
+        return wrap(xp.full(shape, value, dtype))
+    except MemoryError as error:
+        raise _backend.out_of_memory(error, "full") from None
 
 
 def _like(x: ArrayLike, value: float, dtype: Any) -> Tensor:
     x = as_tensor(x)
     xp = _backend.module_of((x._array,))
-    return wrap(xp.full(x.shape, value, x.dtype if dtype is None else dtype))
+    return _filled(xp, x.shape, value, x.dtype if dtype is None else dtype)
 
 
 def zeros_like(x: ArrayLike, /, *, dtype: Any = None) -> Tensor:

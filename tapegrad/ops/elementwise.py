@@ -20,6 +20,8 @@ from tapegrad.tensor import ArrayLike, Operand, Tensor
 
 def _scale(xp: Module, g: Any, d: Any) -> Array:
     y = g * d
+    if type(g) is float or type(g) is int:  # no condition for CuPy's where
+        return y if g != 0 else xp.zeros_like(y)
     if type(d) is float or type(d) is int:
         if d - d == 0:  # finite: the product is right as it is
             return y
@@ -94,10 +96,44 @@ _divide: Primitive = primitive(
     _divide_vjp_x1,
     lambda g, y, _x1, x2: scale(g, _negative(_divide(y, x2))),
 )
-_floor_divide: Primitive = primitive("floor_divide", lambda xp, x1, x2: x1 // x2, None, None)
+
+
+def _divided(xp: Module, x1: Any, x2: Any) -> tuple[Array, Array]:
+    """Return x1 // x2 and x1 % x2 of floats as NumPy defines them, for CuPy.
+
+    CuPy's own are floor(x1 / x2) and what that leaves: 1.0 // 0.1 is 10, 1.0 % inf is NaN.
+    """
+    dtype = xp.result_type(x1, x2)
+    wide = np.promote_types(dtype, np.float32)
+    x1, x2 = (
+        xp.full((), x, wide) if type(x) in (float, int) else x.astype(wide, copy=False)
+        for x in (x1, x2)
+    )
+    rest = xp.fmod(x1, x2)  # exact, with the sign of x1
+    quotient = (x1 - rest) / x2
+    below = (rest != 0) & ((rest < 0) != (x2 < 0))
+    quotient = xp.rint(xp.where(below, quotient - 1, quotient))
+    quotient = xp.where(quotient == 0, xp.copysign(quotient, x1 / x2), quotient)
+    rest = xp.where(below, rest + x2, xp.where(rest == 0, xp.copysign(rest, x2), rest))
+    return xp.where(x2 == 0, x1 / x2, quotient).astype(dtype), rest.astype(dtype)
+
+
+def _floor_divide_forward(xp: Module, x1: Any, x2: Any) -> Array:
+    if xp is np or xp.result_type(x1, x2).kind != "f":
+        return x1 // x2
+    return _divided(xp, x1, x2)[0]
+
+
+def _remainder_forward(xp: Module, x1: Any, x2: Any) -> Array:
+    if xp is np or xp.result_type(x1, x2).kind != "f":
+        return x1 % x2
+    return _divided(xp, x1, x2)[1]
+
+
+_floor_divide: Primitive = primitive("floor_divide", _floor_divide_forward, None, None)
 _remainder: Primitive = primitive(
     "remainder",
-    lambda xp, x1, x2: x1 % x2,
+    _remainder_forward,
     lambda g, _y, _x1, _x2: g,
     lambda g, _y, x1, x2: scale(g, _negative(_floor_divide(x1, x2))),
 )
@@ -207,7 +243,14 @@ def _power_vjp_x2(g: Tensor, y: Any, x1: Any, _x2: Any) -> Tensor:
     return scale(g, _multiply(y, _log(where(_greater(x1, 0), x1, 1))))
 
 
-_power: Primitive = primitive("power", lambda xp, x1, x2: x1**x2, _power_vjp_x1, _power_vjp_x2)
+def _power_forward(xp: Module, x1: Any, x2: Any) -> Array:
+    integers = xp is not np and xp.result_type(x1, x2).kind in "iu"
+    if integers and (x2 < 0 if type(x2) is int else (x2 < 0).any()):  # CuPy answers 0
+        raise ValueError("Integers to negative integer powers are not allowed.")
+    return x1**x2
+
+
+_power: Primitive = primitive("power", _power_forward, _power_vjp_x1, _power_vjp_x2)
 _square: Primitive = primitive(
     "square", lambda xp, x: x * x, lambda g, _y, x: scale(g, _multiply(x, 2))
 )
@@ -342,8 +385,9 @@ _logaddexp: Primitive = primitive(
 
 def _xlogy_forward(xp: Module, x1: Any, x2: Any) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
-        y = x1 * xp.log(x2)
-    return xp.where((x1 == 0) & ~xp.isnan(x2), y.dtype.type(0), y)
+        # A number's logarithm is a number again, or it would make float32 float64.
+        y = x1 * (float(np.log(x2)) if type(x2) in (float, int) else xp.log(x2))
+    return xp.where((x1 == 0) & (x2 == x2), y.dtype.type(0), y)
 
 
 _xlogy: Primitive = primitive(
@@ -737,6 +781,8 @@ def where(condition: ArrayLike, x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     >>> print(tg.where([True, False], 1.0, 2.0))
     tg.Tensor([1. 2.], shape=(2,), dtype=float32)
     """
+    if type(condition) in (float, int):
+        condition = bool(condition)
     if type(x1) in (float, int) and type(x2) in (float, int):
         x1 = Tensor(x1 + x2 * 0)  # type: ignore[operator]
     return _where(condition, x1, x2)

@@ -37,6 +37,8 @@ def _check_bounds(shape: tuple[int, ...], arrays: tuple[Array, ...], index: Inde
     for part, axes in zip(parts, taken, strict=True):
         if part is Ellipsis:
             axes = len(shape) - sum(taken)
+        elif _is_mask(part) and part.shape != shape[axis : axis + axes]:  # CuPy lets (0,) pass
+            raise IndexError(f"a boolean index of shape {part.shape} does not fit {shape}")
         elif hasattr(part, "dtype") and not _is_mask(part) and part.size:
             length = shape[axis]
             if int(part.min()) < -length or int(part.max()) >= length:
@@ -85,9 +87,9 @@ _place: Primitive = primitive(
 # The rows that an index of rows means, and the places in row order that any index means.
 _row_numbers: Primitive = primitive(
     "row_numbers",
-    lambda xp, index, *, rows: (
-        xp.where(index < 0, index + rows, index).reshape(-1).astype(np.int64)
-    ),
+    lambda xp, index, *, rows: xp.where(
+        index < 0, index.astype(np.int64) + rows, index.astype(np.int64)
+    ).reshape(-1),
     None,
 )
 

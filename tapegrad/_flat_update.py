@@ -1,0 +1,60 @@
+"""FlatUpdate: what an optimiser does to flat buffers, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tapegrad._backend import Array, Module
+from tapegrad._blocks import BLOCK, for_blocks, lanes
+from tapegrad.primitive import Update
+
+
+class FlatUpdate(Update):
+    """An Update of flat arrays by a rule on their blocks; the last of them is the gradient.
+
+    rule     what is done with a block.
+    numbers  what the rule needs, of the hyper-parameters as Python numbers.
+    """
+
+    __slots__ = ("numbers", "rule")
+
+    def __init__(
+        self,
+        name: str,
+        rule: Callable[..., None],
+        numbers: Callable[..., tuple[float, ...]],
+        *,
+        writes: int,
+        kernel: Callable[..., Any],
+    ) -> None:
+        super().__init__(name, self._forward, writes=writes, kernel=kernel)
+        self.rule = rule
+        self.numbers = numbers
+
+    def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
+        arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
+        g = arrays[-1]
+        numbers = [g.dtype.type(k) for k in self.numbers(*[x.item() for x in settings])]
+        self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, **params)
+
+    def update_blocks(
+        self,
+        xp: Module,
+        arrays: Sequence[Array],
+        scratch: Sequence[Array],
+        numbers: Sequence[Any],
+        **params: Any,
+    ) -> None:
+        """Go through the arrays block by block; `scratch` is for each lane."""
+
+        def block(s: slice, lane: int) -> None:
+            spare = scratch[lane][: s.stop - s.start]
+            self.rule(xp, *[a[s] for a in arrays], spare, *numbers, **params)
+
+        for_blocks(arrays[0].size, block)
+
+
+def spares(xp: Module, size: int, dtype: Any) -> list[Array]:
+    """Return scratch for each lane of an update of so many elements."""
+    return [xp.empty(min(size, BLOCK), dtype) for _ in range(lanes(size))]

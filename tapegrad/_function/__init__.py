@@ -1,0 +1,14 @@
+"""`tg.function`: the tape, compiled once and replayed.
+
+recording   listens to one call of a function, and writes down every primitive.
+program     what it wrote: the list of steps. The only intermediate representation there is.
+rewrites    the same values by fewer or better steps.
+lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
+memory      which arrays lie where in one arena.
+replay      the text of a program as one Python function, and its running.
+function    signatures, programs, when to record and when to replay.
+"""
+
+from tapegrad._function.function import Function, function
+
+__all__ = ["Function", "function"]

@@ -1,0 +1,376 @@
+"""Function: what `tg.function` makes; when a call is recorded, and when it is replayed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, overload
+
+import numpy as np
+
+from tapegrad import _backend
+from tapegrad._function.program import Program, difference
+from tapegrad._function.recording import Recording
+from tapegrad._function.replay import Replay
+from tapegrad._recording import state
+from tapegrad._structure import flatten, is_container, unflatten
+from tapegrad.errors import FunctionError, TapeWarning
+from tapegrad.tensor import Tensor, wrap
+from tapegrad.variable import Variable
+
+_NUMBERS = (int, float, bool, str, bytes, type(None))
+_MOST_PROGRAMS = 32
+_MANY_PROGRAMS = 8  # from here on a warning names what keeps changing
+_MOST_RECORDINGS = 5
+
+
+class _Entry:
+    """What is known of one signature: the last recording, then a program, or why there is none."""
+
+    __slots__ = ("calls", "held", "problem", "program", "recorded", "replay")
+
+    def __init__(self, held: Any) -> None:
+        self.held = held  # keeps objects alive that the signature names by id
+        self.calls = 0
+        self.recorded: Program | None = None
+        self.program: Program | None = None
+        self.replay: Replay | None = None
+        self.problem: str | None = None
+
+
+class Function:
+    """A function whose calls are recorded twice, and from then on replayed; see `function`."""
+
+    def __init__(self, function: Callable[..., Any], *, strict: bool = True) -> None:
+        if not callable(function):
+            raise TypeError(f"tg.function needs a function, got {function!r}")
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._strict = strict
+        self._name = getattr(function, "__qualname__", type(function).__name__)
+        self._entries: dict[Any, _Entry] = {}
+        self._lock = threading.RLock()
+        self._warned = False
+        self._bound: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
+        self._numbers = _Surroundings(function)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Function:
+        """Return the function of an object's own method: each object has programs of its own."""
+        if instance is None:
+            return self
+        bound = self._bound.get(instance)
+        if bound is None:
+            method = _method(self._function, weakref.ref(instance))
+            bound = self._bound[instance] = Function(method, strict=self._strict)
+        return bound
+
+    def __repr__(self) -> str:
+        return f"<tg.function {self._name}, {len(self.programs)} programs>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replay the program of these arguments, or record the call while there is none."""
+        if state.recorders:  # a tape listens, or another function's recording: it hears everything
+            return self._function(*args, **kwargs)
+        arrays: list[Any] = []
+        tensors: list[Any] = []
+        key = self._key(args, kwargs, arrays, tensors)
+        entry = self._entries.get(key)
+        if entry is not None and entry.replay is not None:
+            return entry.replay.run(arrays, tensors)
+        return self._record(key, args, kwargs)
+
+    def _key(
+        self, args: Any, kwargs: dict[str, Any], arrays: list[Any], tensors: list[Any]
+    ) -> tuple[Any, ...]:
+        """Return the signature of a call, and collect its tensors and their arrays."""
+        key: list[Any] = [self._numbers.now()] if self._numbers else []
+        for x in args:
+            if type(x) is Tensor:
+                array = x._array
+                key.append((array.shape, array.dtype, type(array)))
+                arrays.append(array)
+                tensors.append(x)
+            else:
+                _signature(x, key, arrays, tensors)
+        for name in kwargs:
+            key.append(name)
+            _signature(kwargs[name], key, arrays, tensors)
+        return tuple(key)
+
+    def _replay_of(self, args: Any, kwargs: dict[str, Any]) -> Replay | None:
+        entry = self._entries.get(self._key(args, kwargs, [], []))
+        return None if entry is None else entry.replay
+
+    # ---- recording
+
+    def _record(self, key: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        entry = self._entry(key, (args, kwargs))
+        if entry.problem is not None:
+            return self._function(*args, **kwargs)
+        leaves = flatten((args, kwargs))
+        inputs = []
+        originals: dict[int, Any] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[i] = wrap(leaf._array)  # one of its own: f(x, x) has two inputs
+            elif _is_array(leaf):
+                leaves[i] = Tensor(leaf)
+            else:
+                continue
+            originals[leaves[i].id] = leaf
+            inputs.append(leaves[i])
+        entry.calls += 1
+        recording = Recording(self._name, inputs, self._strict, founding=entry.calls == 1)
+        args, kwargs = unflatten((args, kwargs), leaves)
+        before, state.recorders = state.recorders, [recording]
+        try:
+            result = self._function(*args, **kwargs)
+        finally:
+            state.recorders = before
+        if recording.problem is not None:
+            self._stay_eager(entry, recording.problem)
+        elif not recording.created_variables:
+            self._compare(entry, recording.program(result))
+        return unflatten(
+            result,
+            [
+                originals.get(leaf.id, leaf) if isinstance(leaf, Tensor) else leaf
+                for leaf in flatten(result)
+            ],
+        )
+
+    def _entry(self, key: Any, held: Any) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._entries[key] = _Entry(_without_arrays(held))
+                if len(self._entries) > _MANY_PROGRAMS and not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"{self._name} was called with {len(self._entries)} signatures, and each "
+                        f"is compiled anew: {self._what_changes()}",
+                        TapeWarning,
+                        stacklevel=4,
+                    )
+                if len(self._entries) > _MOST_PROGRAMS:
+                    del self._entries[next(iter(self._entries))]
+            return entry
+
+    def _what_changes(self) -> str:
+        keys = list(self._entries)
+        first, last = keys[-2], keys[-1]
+        if len(first) != len(last):
+            return "the number of arguments changes"
+        changed = [f"{a} then {b}" for a, b in zip(first, last, strict=True) if a != b]
+        return (
+            "what changes is " + "; ".join(changed) + ". Pass a number that changes as "
+            "tg.constant(number) or keep it in a tg.Variable, and let batches have one shape"
+        )
+
+    def _compare(self, entry: _Entry, program: Program) -> None:
+        """Compile the program if it is that of the call before."""
+        earlier, entry.recorded = entry.recorded, program
+        if earlier is None:
+            return
+        found = difference(earlier, program)
+        if found is None:
+            with self._lock:
+                if entry.replay is None:
+                    entry.replay = Replay(program, self._name)
+                    entry.program = program
+                    entry.recorded = None
+            return
+        if found.of_constants or entry.calls >= _MOST_RECORDINGS:
+            problem = (
+                f"{self._name} does not do the same in every call: {found.text}. A value that "
+                "changes must be an argument (a tensor) or a tg.Variable; random numbers must come "
+                "from tg.random"
+            )
+            if self._strict:
+                entry.recorded = None
+                raise FunctionError(problem)
+            self._stay_eager(entry, problem)
+
+    def _stay_eager(self, entry: _Entry, problem: str) -> None:
+        entry.problem = problem
+        entry.recorded = None
+        warnings.warn(f"{problem}. It is not compiled", TapeWarning, stacklevel=4)
+
+    # ---- looking at it
+
+    @property
+    def programs(self) -> list[Replay]:
+        """The programs that were compiled, one for each signature."""
+        return [e.replay for e in self._entries.values() if e.replay is not None]
+
+    def explain_program(self) -> str:
+        """Return the text of the programs: what a call runs, with the memory it uses."""
+        return "\n".join(replay.explain() for replay in self.programs)
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Run the function eagerly and by replay from the same state, and compare.
+
+        Raises `FunctionError` where results or Variables differ, as they do when the function
+        depends on something that is no argument, Variable or number of its own surroundings.
+        """
+        from tapegrad._function.checking import check
+
+        check(self, args, kwargs)
+
+
+class _Surroundings:
+    """The numbers that a function finds around itself: its closure, defaults and globals."""
+
+    def __init__(self, function: Any) -> None:
+        function = inspect.unwrap(function)
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        self._cells = list(getattr(function, "__closure__", None) or ())
+        self._function = function if code is not None else None
+        space = getattr(function, "__globals__", {})
+        names = set(_names(code)) if code is not None else set()
+        self._space = space
+        self._names = sorted(n for n in names if type(space.get(n)) in _NUMBERS and n in space)
+        self._cells = [c for c in self._cells if _may_hold_number(c)]
+
+    def __bool__(self) -> bool:
+        return bool(self._cells or self._names or getattr(self._function, "__defaults__", None))
+
+    def now(self) -> tuple[Any, ...]:
+        """Return the numbers as they are now."""
+        found: list[Any] = []
+        for cell in self._cells:
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            if type(value) in _NUMBERS:
+                found.append((type(value), value))
+        for name in self._names:
+            value = self._space.get(name)
+            if type(value) in _NUMBERS:
+                found.append((type(value), value))
+        for value in getattr(self._function, "__defaults__", None) or ():
+            if type(value) in _NUMBERS:
+                found.append((type(value), value))
+        return tuple(found)
+
+
+def _may_hold_number(cell: Any) -> bool:
+    try:
+        return type(cell.cell_contents) in _NUMBERS
+    except ValueError:
+        return True
+
+
+def _names(code: Any) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if hasattr(constant, "co_names"):
+            yield from _names(constant)
+
+
+def _method(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:
+    """Return a method of an object that does not keep the object alive."""
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return function(owner(), *args, **kwargs)
+
+    return method
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.generic) or _backend.is_array(x)
+
+
+def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) -> None:
+    """Add to the key what a program depends on, and collect the arrays of the tensors in x."""
+    if isinstance(x, Tensor):
+        array = x._array
+        key.append((array.shape, array.dtype, type(array)))
+        arrays.append(array)
+        tensors.append(x)
+    elif _is_array(x):
+        array = Tensor(x)._array if x.ndim == 0 or type(x) is not np.ndarray else x
+        key.append((array.shape, array.dtype, type(array)))
+        arrays.append(array)
+        tensors.append(_LazyTensor(array))
+    elif is_container(x):
+        key.append((type(x), len(flatten(x)), tuple(x) if isinstance(x, dict) else None))
+        for leaf in _children(x):
+            _signature(leaf, key, arrays, tensors)
+    elif isinstance(x, Variable):
+        key.append(("variable", x.id))
+    elif type(x) in _NUMBERS:
+        key.append((type(x), x if x == x else "nan"))
+    else:
+        key.append((type(x), id(x)))
+
+
+def _children(x: Any) -> list[Any]:
+    if isinstance(x, dict):
+        return list(x.values())
+    if type(x) in (list, tuple):
+        return list(x)
+    return flatten(x)
+
+
+class _LazyTensor:
+    """An array argument that a function returns as it is: made a tensor when it comes to that."""
+
+    __slots__ = ("_array",)
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def tensor(self) -> Tensor:
+        return Tensor(self._array)
+
+
+def _without_arrays(structure: Any) -> list[Any]:
+    return [x for x in flatten(structure) if not isinstance(x, Tensor) and not _is_array(x)]
+
+
+@overload
+def function(function: Callable[..., Any], *, strict: bool = True) -> Function: ...
+@overload
+def function(*, strict: bool = True) -> Callable[[Callable[..., Any]], Function]: ...
+def function(function: Any = None, *, strict: bool = True) -> Any:
+    """Compile a function of tensors: record what it does, and from then on replay it.
+
+    The first two calls of each signature run as they are, and are recorded. If both did the same,
+    further calls run the recorded operations as straight-line NumPy in memory of their own, without
+    tape, rules and Python's bookkeeping; Variables are read and written in place. A whole training
+    step belongs inside: forward pass, loss, `tape.gradient`, the optimiser's update, metrics.
+
+    strict  whether a function that cannot be compiled raises `FunctionError`; with False it stays
+            as it is, with one warning.
+
+    A signature is the structure of the arguments, shapes and types of the tensors in them, and the
+    values of everything else: a Python number that changes makes a new program. Numbers in the
+    function's own closure, defaults and globals count too. All else that it finds outside
+    (attributes, lists) is taken as it was when it was recorded: `check` finds what should not be.
+    What is no operation of tapegrad (printing, appending to a list) happens while recording only.
+    A tape that listens around a call hears the operations one by one: then nothing is replayed.
+
+    Raises `FunctionError` where a value that depends on the inputs becomes a Python number
+    (`float`, `if`, `.numpy()`) or decides about a shape, and where two calls do not do the same.
+
+    >>> w = tg.Variable(3.0)
+    >>> @tg.function
+    ... def step(x):
+    ...     with tg.GradientTape() as tape:
+    ...         loss = (w * x - 1.0) ** 2
+    ...     w.assign_sub(0.1 * tape.gradient(loss, w))
+    ...     return loss
+    >>> [round(float(step(tg.constant(1.0))), 3) for _ in range(4)]
+    [4.0, 2.56, 1.638, 1.049]
+    """
+    if function is None:
+        return functools.partial(Function, strict=strict)
+    return Function(function, strict=strict)

@@ -1,0 +1,333 @@
+"""Lowering: a program's steps as lines of NumPy calls into planned memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tapegrad._backend import Array
+from tapegrad._flat_update import FlatUpdate
+from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.rewrites import ends
+from tapegrad.primitive import MultiPrimitive, Update
+
+
+class Place:
+    """Where an array lies.
+
+    kind   "arena": in the program's own memory, at an address that planning gives; "static": an
+           array that is there before the program runs (a constant, a Variable's memory); "local":
+           a name that a line binds while the program runs.
+    root   the place whose memory this one shows; itself unless it is a view.
+    view   makes this place's array of the root's.
+    pending  how many uses of the memory are still to come (of a root).
+    """
+
+    __slots__ = ("array", "dtype", "holds", "keep", "kind", "name", "offset", "pending", "root",
+                 "shape", "view")  # fmt: skip
+
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        *,
+        root: Place | None = None,
+        view: Callable[[Array], Array] | None = None,
+        array: Array = None,
+    ) -> None:
+        self.kind = kind
+        self.shape = shape
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.root = self if root is None else root
+        self.view = view
+        self.array = array
+        self.pending = 0
+        self.offset = -1
+        self.keep = False  # lives to the end of the program
+        self.holds: tuple[Place, ...] = ()  # memory that a local array may show
+        self.name = ""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the array takes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def bind(self) -> Array:
+        """Return the array, once the root's memory has been given."""
+        if self.array is None and self.view is not None:
+            self.array = self.view(self.root.bind())
+        return self.array
+
+
+class Line:
+    """One line of the program's text: a format, and the places and objects that it names."""
+
+    __slots__ = ("operands", "text")
+
+    def __init__(self, text: str, operands: Sequence[Any]) -> None:
+        self.text = text
+        self.operands = tuple(operands)
+
+
+Lower = Callable[["Lowering", Step], bool]
+# How a primitive's step becomes lines: returns False to decline, and then its meaning is called.
+lowerings: dict[str, Lower] = {}
+
+
+# The primitives whose result shows the memory of their input.
+VIEWS = frozenset(("broadcast_to", "getitem", "permute", "reshape", "row", "stop_gradient"))
+
+
+def lowers(*names: str) -> Callable[[Lower], Lower]:
+    """Enter a function in the table of lowerings."""
+
+    def enter(function: Lower) -> Lower:
+        for name in names:
+            lowerings[name] = function
+        return function
+
+    return enter
+
+
+class Lowering:
+    """Turns steps into lines, and keeps account of where every value lies."""
+
+    def __init__(self, program: Program, first_write: int) -> None:
+        self.program = program
+        self.lines: list[Line] = []
+        self.places: dict[Value, Place] = {}
+        self.destinations: dict[Value, Place] = {}
+        self._uses: Counter[Value] = Counter()
+        for step in program.steps:
+            self._uses.update(step.values())
+        self._uses.update(program.output_values())
+        self._outputs = set(program.output_values())
+        self._locals = 0
+        self._loaded: dict[Value, Place] = {}
+        self._copies = self._reads_to_copy()
+        self.writes_from = -1  # the first line that changes state
+        self._choose_destinations()
+        for position, step in enumerate(program.steps):
+            if position == first_write:
+                self.writes_from = len(self.lines)
+            self._copy_before(step)
+            self._lower(step)
+            for x in step.values():
+                if x in self.places:
+                    self.places[x].root.pending -= 1
+        if self.writes_from < 0 and first_write < len(program.steps):
+            self.writes_from = len(self.lines)
+
+    def _lower(self, step: Step) -> None:
+        lower = lowerings.get(step.name)
+        if isinstance(step.primitive, FlatUpdate):
+            lower = lowerings["flat_update"]
+        if lower is None or not lower(self, step):
+            self.call_meaning(step)
+
+    # ---- reading Variables
+
+    def _reads_to_copy(self) -> dict[Value, int]:
+        """Return the reads whose version ends before their last use, and by which step."""
+        last: dict[Value, int] = {}
+        roots: dict[Value, Value] = {}
+        for position, step in enumerate(self.program.steps):
+            for x in step.values():
+                root = roots.get(x, x)
+                if root.kind == "read":
+                    last[root] = position
+                    if step.name in VIEWS or step.name not in lowerings:  # it may be a view
+                        roots.update((y, root) for y in step.outputs)
+        for x in self._outputs:
+            last[roots.get(x, x)] = len(self.program.steps)
+        found: dict[Value, int] = {}
+        for position, step in enumerate(self.program.steps):
+            if isinstance(step.primitive, Update):
+                for x, end in last.items():
+                    if x.kind == "read" and end > position and x not in found and ends(step, x):
+                        found[x] = position
+        return found
+
+    def _copy_before(self, step: Step) -> None:
+        for x, position in self._copies.items():
+            if self.program.steps[position] is step:
+                self.of(x)
+
+    def _place_of_read(self, x: Value) -> Place:
+        variable = x.source
+        if not x.shape:
+            place = self.local(x.shape, x.dtype)
+            memory = Place("static", x.shape, x.dtype, array=variable._array)
+            self.line("{} = {}[()]", place, memory)
+            return place
+        memory = Place("static", x.shape, x.dtype, array=variable._array)
+        if x not in self._copies and x not in self._outputs:
+            return memory
+        place = self.arena(x.shape, x.dtype)
+        self.line("copyto({}, {})", place, memory)
+        return place
+
+    # ---- gradients that go straight into the optimiser's flat buffer
+
+    def _choose_destinations(self) -> None:
+        gathers = [step for step in self.program.steps if step.name == "gather_gradients"]
+        into = Counter(id(step.writes[0]._buffer) for step in gathers)
+        for step in gathers:
+            target = step.writes[0]
+            if into[id(target._buffer)] > 1:
+                continue
+            for x, start in zip(step.inputs, step.params["places"], strict=True):
+                if x.kind == "result" and x.shape and x not in self._outputs:
+                    if x in self.destinations:
+                        continue
+                    part = target._array[start : start + x.size].reshape(x.shape)
+                    self.destinations[x] = Place("static", x.shape, x.dtype, array=part)
+
+    # ---- what lowerings build with
+
+    def of(self, x: Any) -> Any:
+        """Return the place of a Value, or the Python number that an input is."""
+        if type(x) is not Value:
+            return x
+        place = self.places.get(x)
+        if place is None:
+            if x.kind == "constant":
+                place = Place("static", x.shape, x.dtype, array=x.source._array)
+            elif x.kind == "input":
+                place = self.local(x.shape, x.dtype, f"x{x.source}")
+            else:
+                place = self._place_of_read(x)
+            self.set(x, place)
+        return place
+
+    def set(self, x: Value, place: Place) -> None:
+        """Let a Value lie in a place."""
+        self.places[x] = place
+        place.root.pending += self._uses[x]
+
+    def uses(self, x: Value) -> int:
+        """Return how often a value is used, by steps and as an output."""
+        return self._uses[x]
+
+    def meaning(self, step: Step) -> Callable[..., Any]:
+        """Return a step's meaning, its settings given, to be called with arrays."""
+        return _meaning(step)
+
+    def memory_of(self, x: Value) -> Any:
+        """Return where a 0-d value lies, if it is a Variable's own memory, else its place."""
+        if x.kind == "read" and x not in self._copies and x not in self.places:
+            return Place("static", x.shape, x.dtype, array=x.source._array)
+        return self.of(x)
+
+    def is_output(self, x: Value) -> bool:
+        """Tell whether the caller gets this value, and so needs an array of its own."""
+        return x in self._outputs
+
+    def local(self, shape: tuple[int, ...], dtype: Any, name: str | None = None) -> Place:
+        """Return a place for what a line will bind."""
+        place = Place("local", shape, dtype)
+        place.name = name or f"t{self._locals}"
+        self._locals += name is None
+        return place
+
+    def arena(self, shape: tuple[int, ...], dtype: Any) -> Place:
+        """Return memory of the program's own, free again after its last use."""
+        return Place("arena", shape, dtype)
+
+    def view(self, place: Place, shape: tuple[int, ...], view: Callable[[Array], Array]) -> Place:
+        """Return a view of a place that is no local."""
+        root = place.root
+        if place is root:
+            through = view
+        else:
+            before = place.view
+            assert before is not None
+            through = lambda array: view(before(array))
+        return Place(place.kind, shape, place.dtype, root=root, view=through)
+
+    def out(self, step: Step, *reuse: Any, position: int = 0) -> Place:
+        """Return where a step's output is to be written, in the memory of an input if that may be.
+
+        reuse  the inputs whose memory the step can write to while it reads them.
+        """
+        y = step.outputs[position]
+        place = self.destinations.get(y)
+        if place is None and y in self._outputs:
+            place = self.local(y.shape, y.dtype)
+            self.line("{} = empty({}, {})", place, y.shape, y.dtype)
+        if place is None:
+            for x in reuse:
+                if type(x) is not Value or x in self._outputs:
+                    continue
+                old = self.places[x]
+                if (
+                    old.kind == "arena"
+                    and old.root is old
+                    and (old.shape, old.dtype) == (y.shape, y.dtype)
+                    and old.pending == sum(other is x for other in step.values())
+                ):
+                    place = old
+                    break
+        if place is None:
+            place = self.arena(y.shape, y.dtype)
+        self.set(y, place)
+        return place
+
+    def line(self, text: str, *operands: Any) -> None:
+        """Add a line; the operands take the place of its braces."""
+        self.lines.append(Line(text, operands))
+
+    def call(self, function: str, *operands: Any) -> None:
+        """Add a call of one of NumPy's functions, by the name that the replay knows."""
+        self.line(f"{function}({', '.join(['{}'] * len(operands))})", *operands)
+
+    def bound(
+        self, function: Callable[..., Any], *operands: Any, result: Place | None = None
+    ) -> None:
+        """Add a call of any function, whose answer is bound to a local."""
+        braces = ", ".join(["{}"] * len(operands))
+        if result is None:
+            self.line(f"{{}}({braces})", function, *operands)
+        else:
+            self.line(f"{{}} = {{}}({braces})", result, function, *operands)
+
+    def call_meaning(self, step: Step) -> None:
+        """Call a primitive's meaning, whose results are new arrays, or may show its inputs."""
+        places = [self.of(x) for x in step.inputs]
+        primitive = step.primitive
+        if isinstance(primitive, Update):
+            targets = [Place("static", v.shape, v.dtype, array=v._array) for v in step.writes]
+            self.bound(_meaning(step), *targets, *places)
+            return
+        held = tuple(p.root for p in places if isinstance(p, Place))
+        results = []
+        for y in step.outputs:
+            place = self.local(y.shape, y.dtype)
+            place.holds = held
+            results.append(place)
+        if len(results) == 1 and not _answers_tuple(step):
+            self.bound(_meaning(step), *places, result=results[0])
+        else:
+            names = ", ".join(["{}"] * len(results)) + ("," if len(results) == 1 else "")
+            braces = ", ".join(["{}"] * len(places))
+            self.line(f"{names} = {{}}({braces})", *results, _meaning(step), *places)
+        for y, place in zip(step.outputs, results, strict=True):
+            self.set(y, place)
+            for root in held:
+                root.pending += self._uses[y]
+
+
+def _answers_tuple(step: Step) -> bool:
+    return isinstance(step.primitive, MultiPrimitive)
+
+
+def _meaning(step: Step) -> Callable[..., Any]:
+    def call(*arrays: Any) -> Any:
+        return step.primitive.forward(np, *arrays, **step.params)
+
+    call.__name__ = step.name
+    return call

@@ -1,0 +1,741 @@
+"""How primitives become calls of NumPy that write into given memory: the same values, bit for bit.
+
+Each entry does what the primitive's meaning does, operation by operation, with `out=` where the
+meaning makes new arrays. What is not in the table is computed by its meaning.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tapegrad._backend import Array
+from tapegrad._blocks import BLOCK
+from tapegrad._flat_update import FlatUpdate, spares
+from tapegrad._function.lowering import Lowering, Place, lowers
+from tapegrad._function.program import Step, Value
+from tapegrad._index import SLOT
+
+# ---- elementwise
+
+_UFUNCS = {
+    "add": "add",
+    "subtract": "subtract",
+    "multiply": "multiply",
+    "divide": "divide",
+    "maximum": "maximum",
+    "minimum": "minimum",
+    "clip_below": "maximum",
+    "clip_above": "minimum",
+    "negative": "negative",
+    "positive": "positive",
+    "sqrt": "sqrt",
+    "exp": "exp",
+    "exp2": "exp2",
+    "expm1": "expm1",
+    "log": "log",
+    "log2": "log2",
+    "log10": "log10",
+    "log1p": "log1p",
+    "logaddexp": "logaddexp",
+    "hypot": "hypot",
+    "sin": "sin",
+    "cos": "cos",
+    "tan": "tan",
+    "asin": "arcsin",
+    "acos": "arccos",
+    "atan": "arctan",
+    "atan2": "arctan2",
+    "sinh": "sinh",
+    "cosh": "cosh",
+    "tanh": "tanh",
+    "asinh": "arcsinh",
+    "acosh": "arccosh",
+    "atanh": "arctanh",
+    "abs": "absolute",
+    "sign": "sign",
+    "floor": "floor",
+    "ceil": "ceil",
+    "round": "rint",
+    "trunc": "trunc",
+    "floor_divide": "floor_divide",
+    "remainder": "remainder",
+    "equal": "equal",
+    "not_equal": "not_equal",
+    "less": "less",
+    "less_equal": "less_equal",
+    "greater": "greater",
+    "greater_equal": "greater_equal",
+    "logical_and": "logical_and",
+    "logical_or": "logical_or",
+    "logical_xor": "logical_xor",
+    "logical_not": "logical_not",
+    "isfinite": "isfinite",
+    "isinf": "isinf",
+    "isnan": "isnan",
+}
+# On NumPy scalars the operators take a tenth of what ufuncs take.
+_OPERATORS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
+
+
+def _numbers(b: Lowering, step: Step) -> list[Any]:
+    """Return the inputs' places, with Python numbers as arrays of the type that they take on.
+
+    A ufunc spends 0.3 us on a Python number, and nothing on a 0-d array of the right type.
+    """
+    dtypes = {x.dtype for x in step.values()}
+    found = []
+    for x in step.inputs:
+        place = b.of(x)
+        if type(x) is not Value and len(dtypes) == 1:
+            (dtype,) = dtypes
+            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int):
+                place = Place("static", (), dtype, array=np.asarray(x, dtype))
+        found.append(place)
+    return found
+
+
+def _scalar_operation(b: Lowering, step: Step) -> bool:
+    """Write an operator between 0-d values, which are NumPy's scalars."""
+    y = step.outputs[0]
+    left, right = (b.of(x) for x in step.inputs)
+    out = b.local(y.shape, y.dtype)
+    b.line(f"{{}} = {{}} {_OPERATORS[step.name]} {{}}", out, left, right)
+    b.set(y, out)
+    return True
+
+
+@lowers(*_UFUNCS)
+def _ufunc(b: Lowering, step: Step) -> bool:
+    if not step.outputs[0].shape:
+        return step.name in _OPERATORS and _scalar_operation(b, step)
+    places = _numbers(b, step)
+    out = b.out(step, *step.inputs)
+    b.call(_UFUNCS[step.name], *places, out)
+    return True
+
+
+@lowers("square")
+def _square(b: Lowering, step: Step) -> bool:
+    if not step.outputs[0].shape:
+        return False
+    x = b.of(step.inputs[0])
+    b.call("multiply", x, x, b.out(step, *step.inputs))
+    return True
+
+
+@lowers("reciprocal")
+def _reciprocal(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape or y.dtype != step.inputs[0].dtype:
+        return False
+    x = b.of(step.inputs[0])
+    b.call("divide", _number(1, y.dtype), x, b.out(step, *step.inputs))
+    return True
+
+
+@lowers("rsqrt")
+def _rsqrt(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape or y.dtype != step.inputs[0].dtype:
+        return False
+    x = b.of(step.inputs[0])
+    out = b.out(step, *step.inputs)
+    b.call("sqrt", x, out)
+    b.call("divide", _number(1, y.dtype), out, out)
+    return True
+
+
+@lowers("power")
+def _power(b: Lowering, step: Step) -> bool:
+    x, exponent = step.inputs
+    y = step.outputs[0]
+    if type(exponent) is Value or not y.shape or y.dtype != x.dtype or x.dtype.kind != "f":
+        return False
+    # What the operator ** does with these exponents.
+    fast = {2: "square", 1: "positive", 0.5: "sqrt"}.get(exponent)
+    if fast is None and exponent == -1:
+        fast = "reciprocal"
+    place = b.of(x)
+    if fast is not None:
+        b.call(fast, place, b.out(step, x))
+    else:
+        b.call("power", place, _number(exponent, y.dtype), b.out(step, x))
+    return True
+
+
+@lowers("sigmoid")
+def _sigmoid(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape or y.dtype != step.inputs[0].dtype:
+        return False
+    x, one = b.of(step.inputs[0]), _number(1, y.dtype)
+    out = b.out(step, *step.inputs)
+    b.call("negative", x, out)
+    b.call("exp", out, out)
+    b.call("add", one, out, out)
+    b.call("divide", one, out, out)
+    return True
+
+
+@lowers("softplus")
+def _softplus(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape or y.dtype != step.inputs[0].dtype:
+        return False
+    x, zero = b.of(step.inputs[0]), _number(0, y.dtype)
+    spare, out = b.arena(y.shape, y.dtype), b.out(step)
+    b.call("absolute", x, spare)
+    b.call("negative", spare, spare)
+    b.call("exp", spare, spare)
+    b.call("log1p", spare, spare)
+    b.call("maximum", x, zero, out)
+    b.call("add", out, spare, out)
+    return True
+
+
+@lowers("cast")
+def _cast(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape:
+        return False
+    x = b.of(step.inputs[0])
+    b.line("copyto({}, {}, 'unsafe')", b.out(step), x)
+    return True
+
+
+@lowers("where")
+def _where(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    condition, x1, x2 = step.inputs
+    if not y.shape or type(condition) is not Value or condition.dtype.kind != "b":
+        return False
+    chosen = b.of(condition)
+    places = [b.of(x) for x in (x1, x2)]
+    out = b.out(step)
+    b.line("copyto({}, {}, 'unsafe')", out, places[1])
+    b.line("copyto({}, {}, 'unsafe', {})", out, places[0], chosen)
+    return True
+
+
+def _number(value: float, dtype: Any) -> Place:
+    return Place("static", (), dtype, array=np.asarray(value, dtype))
+
+
+# ---- products whose zero factors win: see tapegrad.ops.elementwise.scale
+
+
+@lowers("scale")
+def _scale(b: Lowering, step: Step) -> bool:
+    g, d = step.inputs
+    y = step.outputs[0]
+    if not y.shape or type(g) is not Value or y.dtype.char not in "fd":
+        return False
+    places = _numbers(b, step)
+    if type(d) is not Value:
+        if d - d != 0:
+            return False
+        b.call("multiply", *places, b.out(step, g))
+        return True
+    # Not in the memory of g: a repair reads it.
+    out = b.out(step) if g is d else b.out(step, d)
+    b.call("multiply", *places, out)
+    if g.kind == "constant" and bool(np.all(g.source._array != 0)):
+        return True  # no factor that could win
+    b.line("if holds_nan({}): repair({}, {})", out, out, places[0])
+    return True
+
+
+@lowers("scale_both")
+def _scale_both(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape or y.dtype.char not in "fd" or any(type(x) is not Value for x in step.inputs):
+        return False
+    places = [b.of(x) for x in step.inputs]
+    out = b.out(step)
+    b.call("multiply", *places, out)
+    b.line("if holds_nan({}): repair_both({}, {}, {})", out, out, *places)
+    return True
+
+
+@lowers("relu")
+def _relu(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape:
+        return False
+    x = b.of(step.inputs[0])
+    b.call("maximum", x, _zeros(y), b.out(step, *step.inputs))
+    return True
+
+
+def _zeros(y: Value) -> Place:
+    """Return a row of zeros: NumPy compares with it three times faster than with a number."""
+    return Place("static", y.shape[-1:], y.dtype, array=np.zeros(y.shape[-1:], y.dtype))
+
+
+@lowers("relu_grad")
+def _relu_grad(b: Lowering, step: Step) -> bool:
+    g, y = step.inputs
+    if not step.outputs[0].shape or type(g) is not Value or type(y) is not Value:
+        return False
+    return _masked(b, step, g, y)
+
+
+def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
+    out = step.outputs[0]
+    if not g.dtype == y.dtype == out.dtype or out.dtype.char not in "fd" or g.shape != y.shape:
+        return False
+    gradient, output = b.of(g), b.of(y)
+    mask = b.arena(y.shape, y.dtype)
+    place = b.out(step)
+    # Of relu's output the sign is 0 or 1, and NaN where it is NaN: the repair makes that 0.
+    b.call("sign", output, mask)
+    b.call("multiply", gradient, mask, place)
+    b.line("if holds_nan({}): mask_by({}, {}, {})", place, place, gradient, output)
+    return True
+
+
+@lowers("linear_relu_grad")
+def _linear_relu_grad(b: Lowering, step: Step) -> bool:
+    g, y = step.inputs
+    if type(g) is not Value or type(y) is not Value or not _masked(b, step, g, y):
+        return False
+    if b.uses(step.outputs[1]):
+        _sum_rows(b, step, b.of(step.outputs[0]), 1)
+    return True
+
+
+# ---- shapes: views, as long as what they show stays where it is
+
+
+def _view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
+    """Let the output be a view of the input."""
+    x, y = step.inputs[0], step.outputs[0]
+    if type(x) is not Value or b.is_output(y) or y in b.destinations:
+        return _copied_view(b, step, view, text, *operands)
+    place = b.of(x)
+    if place.kind == "local":
+        if not x.shape:
+            return False
+        out = b.local(y.shape, y.dtype)
+        out.holds = (place.root,)
+        b.line("{} = " + text, out, place, *operands)
+        b.set(y, out)
+        place.root.pending += b.uses(y)
+        return True
+    b.set(y, b.view(place, y.shape, view))
+    return True
+
+
+def _copied_view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
+    x = step.inputs[0]
+    if type(x) is not Value or not x.shape or not step.outputs[0].shape:
+        return False
+    place = b.of(x)
+    out = b.out(step)
+    b.line("copyto({}, " + text + ")", out, place, *operands)
+    return True
+
+
+@lowers("permute")
+def _permute(b: Lowering, step: Step) -> bool:
+    axes = step.params["axes"]
+    return _view(b, step, lambda a: a.transpose(axes), "{}.transpose({})", axes)
+
+
+@lowers("broadcast_to")
+def _broadcast_to(b: Lowering, step: Step) -> bool:
+    shape = step.params["shape"]
+    x, y = step.inputs[0], step.outputs[0]
+    if type(x) is Value and not x.shape:
+        place = b.of(x)
+        if place.kind == "static":
+            return False
+        b.line("{}.fill({})", b.out(step), place)
+        return True
+    if y in b.destinations or b.is_output(y):
+        place = b.of(x)
+        b.line("copyto({}, {})", b.out(step), place)
+        return True
+    return _view(b, step, lambda a: np.broadcast_to(a, shape), "broadcast_to({}, {})", shape)
+
+
+@lowers("row")
+def _row(b: Lowering, step: Step) -> bool:
+    index = step.params["index"]
+    if not step.outputs[0].shape:
+        return False
+    return _view(b, step, lambda a: a[index], "{}[{}]", index)
+
+
+@lowers("getitem")
+def _getitem(b: Lowering, step: Step) -> bool:
+    index = step.params["index"]
+    if any(part is SLOT for part in index) or not step.outputs[0].shape:
+        return False
+    return _view(b, step, lambda a: a[index], "{}[{}]", index)
+
+
+@lowers("stop_gradient")
+def _stop_gradient(b: Lowering, step: Step) -> bool:
+    if not step.outputs[0].shape:
+        x = step.inputs[0]
+        place = b.of(x)
+        if place.kind != "local":
+            return False
+        out = b.local((), place.dtype)
+        b.line("{} = {}", out, place)
+        b.set(step.outputs[0], out)
+        return True
+    return _view(b, step, lambda a: a[...], "{}[...]")
+
+
+@lowers("reshape")
+def _reshape(b: Lowering, step: Step) -> bool:
+    x, y = step.inputs[0], step.outputs[0]
+    if type(x) is not Value or not x.shape or not y.shape:
+        return False
+    place = b.of(x)
+    if place.kind == "local" and not (b.is_output(y) or y in b.destinations):
+        return _view(b, step, None, "{}.reshape({})", y.shape)
+    contiguous = place.array is None or place.array.flags.c_contiguous
+    if place.root is place and contiguous and not (b.is_output(y) or y in b.destinations):
+        b.set(y, b.view(place, y.shape, _reshaper(y.shape)))
+        return True
+    out = b.out(step)
+    b.line("copyto({}, {}.reshape({}))", out, place, y.shape)
+    return True
+
+
+def _reshaper(shape: tuple[int, ...]) -> Callable[[Array], Array]:
+    return lambda array: array.reshape(shape)
+
+
+def _zeroed(b: Lowering, step: Step, index: Any) -> bool:
+    if not step.inputs[0].shape:
+        return False
+    x = b.of(step.inputs[0])
+    out = b.out(step)
+    b.line("{}.fill(0)", out)
+    b.line("{}[{}] = {}", out, index, x)
+    return True
+
+
+@lowers("place_row")
+def _place_row(b: Lowering, step: Step) -> bool:
+    return _zeroed(b, step, step.params["index"])
+
+
+@lowers("place")
+def _place(b: Lowering, step: Step) -> bool:
+    return _zeroed(b, step, step.params["index"])
+
+
+@lowers("stack")
+def _stack(b: Lowering, step: Step) -> bool:
+    if any(type(x) is not Value for x in step.inputs):
+        return False
+    places = [b.of(x) for x in step.inputs]
+    out = b.out(step)
+    for i, place in enumerate(places):
+        b.line("{}[{}] = {}", out, i, place)
+    return True
+
+
+@lowers("concat")
+def _concat(b: Lowering, step: Step) -> bool:
+    y, axis = step.outputs[0], step.params["axis"]
+    if any(type(x) is not Value or x.dtype != y.dtype for x in step.inputs):
+        return False
+    places = [b.of(x) for x in step.inputs]
+    out = b.out(step)
+    start = 0
+    for x, place in zip(step.inputs, places, strict=True):
+        end = start + x.shape[axis]
+        index = (slice(None),) * axis + (slice(start, end),)
+        b.line("{}[{}] = {}", out, index, place)
+        start = end
+    return True
+
+
+# ---- reductions
+
+
+_REDUCTIONS = {"sum": "add", "max": "maximum", "min": "minimum"}
+
+
+@lowers(*_REDUCTIONS)
+def _reduction(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    x = step.inputs[0]
+    if type(x) is not Value:
+        return False
+    axis, keepdims = step.params["axis"], step.params["keepdims"]
+    place = b.of(x)
+    name = f"{_REDUCTIONS[step.name]}_reduce"
+    dtype = step.params.get("dtype")
+    if not y.shape:
+        out = b.local((), y.dtype)
+        b.line(f"{{}} = {name}({{}}, {{}}, {{}}, None, {{}})", out, place, axis, dtype, keepdims)
+        b.set(y, out)
+        return True
+    b.line(f"{name}({{}}, {{}}, {{}}, {{}}, {{}})", place, axis, dtype, b.out(step), keepdims)
+    return True
+
+
+@lowers("sum_to")
+def _sum_to(b: Lowering, step: Step) -> bool:
+    x, y = step.inputs[0], step.outputs[0]
+    if type(x) is not Value or not y.shape:
+        return False
+    lead = len(x.shape) - len(y.shape)
+    stretched = tuple(i for i, n in enumerate(x.shape) if i < lead or y.shape[i - lead] != n)
+    place = b.of(x)
+    if stretched == (0,) and len(x.shape) == 2 and x.dtype.char in "fd":
+        return _sum_rows(b, step, place, 0)
+    keep = tuple(1 if i in stretched else n for i, n in enumerate(x.shape))
+    out = b.out(step)
+    b.line("add_reduce({}, {}, {}, {}.reshape({}), True)", place, stretched, x.dtype, out, keep)
+    return True
+
+
+def _sum_rows(b: Lowering, step: Step, x: Place, position: int) -> bool:
+    """Sum a matrix over its rows as the meaning of sum_to does: a product with ones."""
+    ones = Place("static", x.shape[:1], x.dtype, array=np.ones(x.shape[0], x.dtype))
+    y = step.outputs[position]
+    out = b.out(step, position=position)
+    if y.shape == x.shape[1:]:
+        b.call("dot", ones, x, out)
+    else:
+        b.line("dot({}, {}, {}.reshape({}))", ones, x, out, x.shape[1:])
+    return True
+
+
+# ---- products of matrices
+
+
+@lowers("matmul")
+def _matmul(b: Lowering, step: Step) -> bool:
+    x1, x2 = step.inputs
+    y = step.outputs[0]
+    if type(x1) is not Value or type(x2) is not Value or not x1.dtype == x2.dtype == y.dtype:
+        return False
+    places = b.of(x1), b.of(x2)
+    b.call(_product(x1, x2, y), *places, b.out(step))
+    return True
+
+
+def _product(x1: Value, x2: Value, y: Value) -> str:
+    # dot takes 0.5 us less; for vectors it calls another routine than matmul, with other rounding.
+    plain = len(x1.shape) == len(x2.shape) == 2 and y.dtype.char in "fd"
+    return "dot" if plain and min(*x1.shape, *x2.shape) > 1 else "matmul"
+
+
+@lowers("linear", "linear_relu")
+def _linear(b: Lowering, step: Step) -> bool:
+    x, w, bias = step.inputs
+    y = step.outputs[0]
+    if not x.dtype == w.dtype == bias.dtype:
+        return False
+    places = b.of(x), b.of(w), b.of(bias)
+    out = b.out(step)
+    b.call(_product(x, w, y), *places[:2], out)
+    b.call("add", out, places[2], out)
+    if step.name == "linear_relu":
+        b.call("maximum", out, _zeros(y), out)
+    return True
+
+
+# ---- softmax and its losses
+
+
+@lowers("softmax")
+def _softmax(b: Lowering, step: Step) -> bool:
+    x = step.inputs[0]
+    axis = step.params["axis"]
+    top = b.arena(
+        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
+    )
+    place = b.of(x)
+    out = b.out(step, x)
+    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
+    b.call("subtract", place, top, out)
+    b.call("exp", out, out)
+    b.line("add_reduce({}, {}, None, {}, True)", out, axis, top)
+    b.call("divide", out, top, out)
+    return True
+
+
+@lowers("log_softmax")
+def _log_softmax(b: Lowering, step: Step) -> bool:
+    x = step.inputs[0]
+    axis = step.params["axis"]
+    top = b.arena(
+        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
+    )
+    spare = b.arena(x.shape, x.dtype)
+    place = b.of(x)
+    out = b.out(step, x)
+    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
+    b.call("subtract", place, top, out)
+    b.call("exp", out, spare)
+    b.line("add_reduce({}, {}, None, {}, True)", spare, axis, top)
+    b.call("log", top, top)
+    b.call("subtract", out, top, out)
+    return True
+
+
+@lowers("label_cross_entropy", "label_cross_entropy_with_grad")
+def _label_cross_entropy(b: Lowering, step: Step) -> bool:
+    logits, labels = step.inputs
+    n, classes = logits.shape
+    if (
+        step.params["label_smoothing"]
+        or step.params["ignore_label"] is not None
+        or logits.dtype.char not in "fd"
+        or labels.dtype != np.int64
+        or not n
+    ):
+        return False
+    dtype = logits.dtype
+    with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
+    x, t = b.of(logits), b.of(labels)
+    top = b.arena((n, 1), dtype)
+    shifted = b.arena((n, classes), dtype)
+    index = b.arena((n,), np.int64)
+    picked = b.arena((n,), dtype)
+    starts = Place("static", (n,), np.int64, array=np.arange(n) * classes)
+    loss = b.out(step)
+    p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
+    flat_shifted = b.view(shifted, (n * classes,), _reshaper((n * classes,)))
+    flat_top = b.view(top, (n,), _reshaper((n,)))
+    b.call("check_labels", t, classes)
+    b.line("maximum_reduce({}, 1, None, {}, True)", x, top)
+    b.call("subtract", x, top, shifted)
+    b.call("exp", shifted, p)
+    b.line("add_reduce({}, 1, None, {}, True)", p, top)
+    b.call("add", t, starts, index)
+    b.line("{}.take({}, None, {}, 'clip')", flat_shifted, index, picked)
+    b.call("log", flat_top, loss)
+    b.call("subtract", loss, picked, loss)
+    if with_grad:
+        b.call("divide", p, top, p)
+        b.line("one_less({}, {}, {})", p, index, picked)
+    # A row of -inf alone, or one with a NaN: the meaning says what they give.
+    meaning = b.meaning(step)
+    if len(step.outputs) == 1:
+        b.line("if holds_nan({}): {}[...] = {}({}, {})", top, loss, meaning, x, t)
+    elif with_grad:
+        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", top, loss, p, meaning, x, t)
+    else:
+        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", top, loss, meaning, x, t)
+    return True
+
+
+@lowers("probability_cross_entropy", "probability_cross_entropy_with_grad")
+def _probability_cross_entropy(b: Lowering, step: Step) -> bool:
+    return False
+
+
+# ---- random numbers
+
+
+@lowers("random_mask")
+def _random_mask(b: Lowering, step: Step) -> bool:
+    bits, y = step.inputs[0], step.outputs[0]
+    if not y.shape or type(bits) is not Value:
+        return False
+    shape, count = y.shape, math.prod(y.shape)
+    place = b.of(bits)
+    limit = step.params["threshold"]
+    if limit >= 2**32:
+        return False
+    out = b.out(step)
+    b.line(
+        "less({}.view(uint32)[:{}].reshape({}), {}, {})",
+        place, count, shape, _number(limit, np.uint32), out,
+    )  # fmt: skip
+    return True
+
+
+# ---- writing Variables
+
+
+_ASSIGNS = {"assign_add": "add", "assign_sub": "subtract"}
+
+
+@lowers("assign", "assign_add", "assign_sub")
+def _assign(b: Lowering, step: Step) -> bool:
+    if step.params.get("index", ...) is not ...:
+        return False
+    (variable,) = step.writes
+    target = Place("static", variable.shape, variable.dtype, array=variable._array)
+    value = b.of(step.inputs[0])
+    if step.name == "assign":
+        b.line("{}[...] = {}", target, value)
+    else:
+        if type(step.inputs[0]) is not Value and variable.dtype.kind in "fiu":
+            value = _number(value, variable.dtype)
+        b.line(
+            f"{_ASSIGNS[step.name]}({{}}, {{}}, {{}}, casting='same_kind')", target, value, target
+        )
+    return True
+
+
+@lowers("gather_gradients")
+def _gather(b: Lowering, step: Step) -> bool:
+    flat = step.writes[0]._array
+    for x, start in zip(step.inputs, step.params["places"], strict=True):
+        if b.places.get(x) is not None and b.places[x] is b.destinations.get(x):
+            continue  # it was computed there
+        place = b.of(x)
+        part = flat[start : start + x.size].reshape(x.shape)
+        b.line("{}[...] = {}", Place("static", x.shape, x.dtype, array=part), place)
+    return True
+
+
+@lowers("flat_update")
+def _flat_update(b: Lowering, step: Step) -> bool:
+    """Write an optimiser's update: its numbers first, then its rule on the blocks."""
+    update = step.primitive
+    assert isinstance(update, FlatUpdate)
+    g, *settings = step.inputs
+    dtype = step.writes[0].dtype
+    places = [*(Place("static", v.shape, dtype, array=v._array) for v in step.writes), b.of(g)]
+    if places[-1].kind != "static":
+        return False
+    arrays = [place.bind() for place in places]
+    count = len(update.numbers(*[1 if x.dtype.kind == "i" else 0.5 for x in settings]))
+    numbers = [np.zeros((), dtype) for _ in range(count)]
+    b.bound(_Numbers(update.numbers, numbers), *[b.memory_of(x) for x in settings])
+    scratch = spares(np, g.size, dtype)
+    if g.size <= BLOCK:
+        rule = functools.partial(update.rule, np, *arrays, scratch[0][: g.size], *numbers)
+    else:
+        rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers)
+    b.bound(_named(step.name, functools.partial(rule, **step.params)))
+    return True
+
+
+class _Numbers:
+    """Sets the numbers of an update from the hyper-parameters, in every call."""
+
+    __name__ = "numbers"
+
+    def __init__(self, formula: Callable[..., tuple[float, ...]], arrays: list[Array]) -> None:
+        self._formula = formula
+        self._arrays = arrays
+
+    def __call__(self, *settings: Any) -> None:
+        numbers = self._formula(*[x.item() for x in settings])
+        for array, number in zip(self._arrays, numbers, strict=True):
+            array[()] = number
+
+
+def _named(name: str, function: Any) -> Any:
+    function.__name__ = name
+    return function

@@ -1,0 +1,227 @@
+"""Program: one recorded call of a function, as a list of steps on values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from tapegrad._storage import Buffer
+from tapegrad.primitive import Primitive, Update
+from tapegrad.tensor import Tensor
+from tapegrad.variable import Variable
+
+Kind = Literal["input", "constant", "read", "result"]
+
+
+class Value:
+    """What a step takes or gives.
+
+    kind    "input" of the function, "constant", "read" of a Variable's version, or a step's
+            "result".
+    source  an input's position, a constant's Tensor, a read's Variable; None for a result.
+    since   of a read, how many steps had run: it is the version after the writes among them.
+    """
+
+    __slots__ = ("dtype", "kind", "shape", "since", "source")
+
+    def __init__(
+        self, kind: Kind, shape: tuple[int, ...], dtype: Any, source: Any = None, since: int = 0
+    ) -> None:
+        self.kind = kind
+        self.since = since
+        self.shape = shape
+        self.dtype: np.dtype[Any] = dtype
+        self.source = source
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the elements."""
+        return self.size * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.dtype}{list(self.shape)}>"
+
+
+class Step:
+    """One call: of a Primitive, or of an Update, which writes Variables and has no outputs.
+
+    inputs  Values and Python numbers; of an Update only what it reads beside its targets.
+    writes  the Variables that an Update writes.
+    where   file:line of the user's call.
+    order   its place in the recording.
+    """
+
+    __slots__ = ("inputs", "order", "outputs", "params", "primitive", "where", "writes")
+
+    def __init__(
+        self,
+        primitive: Primitive | Update,
+        inputs: Sequence[Any],
+        outputs: Sequence[Value],
+        params: dict[str, Any],
+        where: str,
+        writes: Sequence[Variable] = (),
+        order: int = 0,
+    ) -> None:
+        self.primitive = primitive
+        self.order = order
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.params = params
+        self.where = where
+        self.writes = tuple(writes)
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.primitive.name
+
+    def values(self) -> Iterator[Value]:
+        """Yield the inputs that are Values."""
+        return (x for x in self.inputs if type(x) is Value)
+
+    def __repr__(self) -> str:
+        return f"<Step {self.name} at {self.where}>"
+
+
+class Program:
+    """The steps of one call, in the order in which they ran.
+
+    inputs     the Values of the tensor arguments.
+    outputs    the leaves of the result: Values, and anything else as it was.
+    structure  the result, whose leaves `outputs` replaces.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Value],
+        steps: Sequence[Step],
+        outputs: Sequence[Any],
+        structure: Any,
+    ) -> None:
+        self.inputs = list(inputs)
+        self.steps = list(steps)
+        self.outputs = list(outputs)
+        self.structure = structure
+
+    def output_values(self) -> Iterator[Value]:
+        """Yield the outputs that are Values."""
+        return (x for x in self.outputs if type(x) is Value)
+
+    def written(self) -> list[Buffer]:
+        """Return the memory that the updates write, each Buffer once."""
+        found: dict[int, Buffer] = {}
+        for step in self.steps:
+            for variable in step.writes:
+                found[id(variable._buffer)] = variable._buffer
+        return list(found.values())
+
+
+class Difference:
+    """Where two recordings of one function part.
+
+    of_constants  whether only the value of a constant differs: then no third call will agree.
+    text          what differs, for people.
+    """
+
+    def __init__(self, of_constants: bool, text: str) -> None:
+        self.of_constants = of_constants
+        self.text = text
+
+
+def difference(first: Program, second: Program) -> Difference | None:
+    """Return the first difference between two recorded calls, or None if there is none."""
+    if len(first.steps) != len(second.steps):
+        return Difference(
+            False, f"one call ran {len(first.steps)} operations, the next {len(second.steps)}"
+        )
+    number: dict[Value, int] = {}
+    other_number: dict[Value, int] = {}
+    for i, (mine, theirs) in enumerate(zip(first.inputs, second.inputs, strict=True)):
+        number[mine] = other_number[theirs] = i
+    constants: Difference | None = None
+
+    def compare(a: Any, b: Any, where: str) -> Difference | None:
+        """Compare two inputs of one step; constants that differ are noted and passed over."""
+        nonlocal constants
+        if type(a) is not Value or type(b) is not Value:
+            if type(a) is type(b) and (a == b or a != a):
+                return None
+            if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+                constants = constants or Difference(True, f"a number at {where} was {a}, then {b}")
+                return None
+            return Difference(False, f"an argument at {where} was {a!r}, then {b!r}")
+        if a.kind != b.kind or a.shape != b.shape or a.dtype != b.dtype:
+            return Difference(False, f"an input at {where} was {a!r}, then {b!r}")
+        if a.kind == "constant":
+            if not _equal(a.source, b.source):
+                constants = constants or Difference(
+                    True, f"a constant used at {where} was {_brief(a)}, then {_brief(b)}"
+                )
+            return None
+        if a.kind == "read":
+            if a.source is not b.source:
+                return Difference(False, f"another variable was read at {where}")
+            if a.since != b.since:
+                return Difference(False, f"a variable was read at another time, at {where}")
+            return None
+        if number.get(a) != other_number.get(b):
+            return Difference(False, f"an operation at {where} took another result")
+        return None
+
+    for a, b in zip(first.steps, second.steps, strict=True):
+        if a.primitive is not b.primitive or len(a.inputs) != len(b.inputs):
+            return Difference(False, f"{a.name} ran at {a.where}, then {b.name} at {b.where}")
+        for x, y in zip(a.inputs, b.inputs, strict=True):
+            found = compare(x, y, b.where)
+            if found is not None:
+                return found
+        if not _same_params(a.params, b.params):
+            constants = constants or Difference(
+                True, f"{b.name} at {b.where} had the settings {a.params}, then {b.params}"
+            )
+        if [id(v) for v in a.writes] != [id(v) for v in b.writes]:
+            return Difference(False, f"{b.name} at {b.where} wrote other variables")
+        for y, z in zip(a.outputs, b.outputs, strict=True):
+            if y.shape != z.shape or y.dtype != z.dtype:
+                return Difference(False, f"{b.name} at {b.where} gave {y!r}, then {z!r}")
+            number[y] = other_number[z] = len(number)
+    if len(first.outputs) != len(second.outputs):
+        return Difference(False, "the results had another structure")
+    for leaf, other in zip(first.outputs, second.outputs, strict=True):
+        if type(leaf) is Value and type(other) is Value:
+            found = compare(leaf, other, "the return")
+            if found is not None:
+                return found
+        elif type(leaf) is not type(other) or not (leaf is other or leaf == other):
+            return Difference(True, f"the function returned {leaf!r}, then {other!r}")
+    return constants
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    x, y = np.asarray(_on_host(a)), np.asarray(_on_host(b))
+    return bool(x.tobytes() == y.tobytes())
+
+
+def _on_host(x: Tensor) -> Any:
+    return x._array if isinstance(x._array, (np.ndarray, np.generic)) else x._array.get()
+
+
+def _same_params(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    if a.keys() != b.keys():
+        return False
+    return all(a[k] is b[k] or (type(a[k]) is type(b[k]) and bool(np.all(a[k] == b[k]))) for k in a)
+
+
+def _brief(value: Value) -> str:
+    tensor = value.source
+    return str(_on_host(tensor)) if value.size == 1 else f"an array of shape {value.shape}"

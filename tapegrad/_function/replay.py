@@ -1,0 +1,289 @@
+"""Replay: a program's lines as one Python function, and what it needs around it to be run."""
+
+from __future__ import annotations
+
+import contextvars
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tapegrad import _storage
+from tapegrad._backend import Array
+from tapegrad._function import numpy_calls  # noqa: F401  fills the table of lowerings
+from tapegrad._function.lowering import Line, Lowering, Place
+from tapegrad._function.memory import allocate, place_in_arena
+from tapegrad._function.program import Program, Value
+from tapegrad._function.rewrites import (
+    without_dead_steps,
+    without_repeated_steps,
+    writes_last,
+)
+from tapegrad._storage import Buffer
+from tapegrad._structure import unflatten
+from tapegrad.tensor import Tensor, next_id
+from tapegrad.variable import Variable
+
+_new = object.__new__
+
+
+# ---- what the text calls beside NumPy's own functions
+
+
+def _holds_nan(y: Array) -> bool:
+    flat = y.reshape(-1)  # a dot product is the fastest way to ask
+    dot = np.dot(flat, flat)
+    return bool(dot != dot)
+
+
+def _repair(y: Array, g: Array) -> None:
+    np.copyto(y, 0, where=np.equal(g, 0))
+
+
+def _repair_both(y: Array, a: Array, b: Array) -> None:
+    np.copyto(y, 0, where=np.equal(a, 0) | np.equal(b, 0))
+
+
+def _mask_by(gx: Array, g: Array, y: Array) -> None:
+    gx[...] = np.where(y > 0, g, gx.dtype.type(0))
+
+
+def _one_less(p: Array, index: Array, spare: Array) -> None:
+    flat = p.reshape(-1)
+    flat.take(index, None, spare, "clip")
+    spare -= 1
+    flat.put(index, spare)
+
+
+def _check_labels(labels: Array, classes: int) -> None:
+    # As unsigned numbers the negative ones are larger than any other.
+    if np.maximum.reduce(labels.view(np.uint64)) >= classes:
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
+        raise ValueError(
+            f"[label_cross_entropy] labels must be from 0 to {classes - 1}, got {wrong}"
+        )
+
+
+def _tensor(array: Array) -> Tensor:
+    out = _new(Tensor)
+    out._array = array
+    out.id = next_id()
+    return out
+
+
+_NAMES: dict[str, Any] = {
+    **{name: value for name, value in vars(np).items() if isinstance(value, np.ufunc)},
+    **{f"{name}_reduce": getattr(np, name).reduce for name in ("add", "maximum", "minimum")},
+    "dot": np.dot,
+    "matmul": np.matmul,
+    "copyto": np.copyto,
+    "empty": np.empty,
+    "broadcast_to": np.broadcast_to,
+    "uint32": np.uint32,
+    "holds_nan": _holds_nan,
+    "repair": _repair,
+    "repair_both": _repair_both,
+    "mask_by": _mask_by,
+    "one_less": _one_less,
+    "check_labels": _check_labels,
+    "tensor": _tensor,
+}
+
+
+class Writes:
+    """What surrounds the lines that change state: all of them run, or the Variables say so."""
+
+    def __init__(self, buffers: Sequence[Buffer], variables: Sequence[Variable], name: str) -> None:
+        self._buffers = list(buffers)
+        self._variables = list(variables)
+        self._name = name
+        self._previous: Any = None
+        self._interrupted: tuple[Any, ...] | None = None
+
+    def begin(self) -> None:
+        """Hold Ctrl-C back, and give a copy to everyone who still reads the old values."""
+        if threading.get_ident() == _main_thread:
+            # Between two of NumPy's calls it would tear the update: 282 of 300 tries did.
+            self._interrupted = None
+            self._previous = signal.signal(signal.SIGINT, self._hold)
+        for buffer in self._buffers:
+            if buffer.shown:
+                buffer.before_write(buffer.array)
+
+    def _hold(self, *arguments: Any) -> None:
+        self._interrupted = arguments
+
+    def end(self) -> None:
+        """Let Ctrl-C through, one that was held back too."""
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+            if self._interrupted is not None and callable(previous):
+                previous(*self._interrupted)
+
+    def failed(self, error: BaseException) -> None:
+        """Mark the Variables as torn: some of them were written, others not."""
+        text = f"{self._name} failed while it wrote its variables ({error!r})"
+        for variable in self._variables:
+            variable._tear(text)
+
+
+_main_thread = threading.main_thread().ident
+
+
+class Replay:
+    """A program that is ready to run.
+
+    text       of the Python function that it runs.
+    arena      how many bytes it has of its own.
+    """
+
+    def __init__(self, program: Program, name: str) -> None:
+        self._program = program
+        self._name = name
+        self._lock = threading.RLock()
+        without_repeated_steps(program)
+        without_dead_steps(program)
+        self._first_write = writes_last(program)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Lower the program to where its Variables lie now."""
+        self._placements = _storage.placements
+        self._memory_of = [(v, v._array) for v in self.variables()]
+        program = self._program
+        lowered = Lowering(program, self._first_write)
+        results = [_result(lowered, x) for x in program.outputs]
+        kept = [place for _, place in results if isinstance(place, Place)]
+        self.arena = place_in_arena(lowered.lines, kept)
+        self._memory = allocate([*lowered.lines, Line("", kept)], self.arena)
+        writes = Writes(
+            program.written(),
+            list({id(v): v for step in program.steps for v in step.writes}.values()),
+            self._name,
+        )
+        text = _Text(len(program.inputs))
+        self.text = text.function(lowered, results, writes)
+        self._call: Callable[..., Any] = text.compile(self.text, self._name)
+        # A context of its own, in which NumPy does not warn: entering it costs a tenth of errstate.
+        self._context = contextvars.copy_context()
+        self._context.run(lambda: np.seterr(all="ignore"))
+
+    def explain(self) -> str:
+        """Return the text that runs, with the sizes of the memory that it names."""
+        lines = [f"# {self._name}: {self.arena / 2**10:.1f} KiB of its own memory"]
+        return "\n".join([*lines, self.text])
+
+    def variables(self) -> list[Variable]:
+        """Return the Variables that the program reads or writes."""
+        found: dict[int, Variable] = {}
+        for step in self._program.steps:
+            for v in (*step.writes, *(x.source for x in step.values() if x.kind == "read")):
+                found[id(v)] = v
+        for x in self._program.output_values():
+            if x.kind == "read":
+                found[id(x.source)] = x.source
+        return list(found.values())
+
+    def _check_placements(self) -> None:
+        self._placements = _storage.placements
+        if any(v._array is not array for v, array in self._memory_of):
+            self._prepare()
+
+    def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
+        """Run the program on the inputs' arrays; return the result in its structure."""
+        with self._lock:
+            if self._placements != _storage.placements:
+                self._check_placements()
+            results = self._context.run(self._call, *arrays)
+        program = self._program
+        leaves = [
+            _given(tensors[x.source]) if type(x) is Value and x.kind == "input" else y
+            for x, y in zip(program.outputs, results, strict=True)
+        ]
+        return unflatten(program.structure, leaves)
+
+
+def _given(x: Any) -> Tensor:
+    """Return an argument as the tensor that it is handed out as."""
+    return x if isinstance(x, Tensor) else x.tensor()
+
+
+def _result(lowered: Lowering, x: Any) -> tuple[str, Any]:
+    """Return how an output is handed out: text with braces, and what stands in them."""
+    if type(x) is not Value:
+        return "{}", x
+    if x.kind == "constant":
+        return "{}", x.source
+    if x.kind == "input":
+        return "None", None
+    place = lowered.of(x)
+    if place.kind == "local" and not place.holds:
+        return "tensor({})", place
+    return ("tensor({}.copy())" if x.shape else "tensor({}[()])"), place
+
+
+class _Text:
+    """Writes the lines of a function, and collects the objects that they name."""
+
+    def __init__(self, inputs: int) -> None:
+        self._inputs = inputs
+        self._names: dict[int, str] = {}
+        self._objects: dict[str, Any] = {}
+
+    def function(self, lowered: Lowering, results: Sequence[tuple[str, Any]], writes: Any) -> str:
+        body = [self._line(line) for line in lowered.lines]
+        at = lowered.writes_from
+        answer = (
+            "return ("
+            + "".join(
+                self._line(Line(text, () if "{}" not in text else (place,))) + ", "
+                for text, place in results
+            )
+            + ")"
+        )
+        arguments = ", ".join(f"x{i}" for i in range(self._inputs))
+        lines = [f"    {line}" for line in (body if at < 0 else body[:at])]
+        if at >= 0:
+            begin, end, failed = (
+                self._name(f, "w") for f in (writes.begin, writes.end, writes.failed)
+            )
+            lines += [f"    {begin}()", "    try:"]
+            lines += [f"        {line}" for line in body[at:]] or ["        pass"]
+            lines += ["    except BaseException as error:", f"        {failed}(error)"]
+            lines += ["        raise", "    finally:", f"        {end}()"]
+        lines.append(f"    {answer}")
+        return "\n".join([f"def replay({arguments}):", *lines, ""])
+
+    def _line(self, line: Line) -> str:
+        return line.text.format(*map(self._operand, line.operands))
+
+    def _operand(self, x: Any) -> str:
+        if isinstance(x, Place):
+            if x.kind == "local":
+                return x.name
+            prefix = "a" if x.kind == "arena" else "c"
+            return self._name(x.bind(), prefix)
+        if x is None or type(x) in (int, float, bool, str) or _is_plain_tuple(x):
+            return repr(x)
+        return self._name(x, getattr(x, "__name__", None) or "k")
+
+    def _name(self, x: Any, prefix: str) -> str:
+        name = self._names.get(id(x))
+        if name is None:
+            base = prefix if prefix.isidentifier() else "f"
+            name = self._names[id(x)] = f"{base}{len(self._names)}"
+            self._objects[name] = x
+        return name
+
+    def compile(self, text: str, name: str) -> Callable[..., Any]:
+        space = _NAMES | self._objects
+        exec(compile(text, f"<replay of {name}>", "exec"), space)  # our own text alone
+        function: Callable[..., Any] = space["replay"]
+        return function
+
+
+def _is_plain_tuple(x: Any) -> bool:
+    return type(x) is tuple and all(type(part) is int or part is None for part in x)
