@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tapegrad._backend import Array, Module
 from tapegrad._blocks import BLOCK, for_blocks, lanes
 from tapegrad.primitive import Update
@@ -52,9 +54,14 @@ class FlatUpdate(Update):
             spare = scratch[lane][: s.stop - s.start]
             self.rule(xp, *[a[s] for a in arrays], spare, *numbers, **params)
 
-        for_blocks(arrays[0].size, block)
+        if xp is np:
+            for_blocks(arrays[0].size, block)
+        else:  # one launch for all, and on this thread: on another one another stream is current
+            block(slice(0, arrays[0].size), 0)
 
 
 def spares(xp: Module, size: int, dtype: Any) -> list[Array]:
     """Return scratch for each lane of an update of so many elements."""
+    if xp is not np:
+        return [xp.empty(size, dtype)]
     return [xp.empty(min(size, BLOCK), dtype) for _ in range(lanes(size))]

@@ -77,7 +77,7 @@ def _divide_by_root(xp: Module, g: Array, square: Array, spare: Array, rate: Any
     does not move.
     """
     xp.sqrt(square, spare)
-    if eps:
+    if eps.item():
         xp.add(spare, eps, spare)
     else:
         spare[...] = xp.where(spare == 0, spare.dtype.type(math.inf), spare)
@@ -167,7 +167,7 @@ def _adam_rule(
     multiply(v, b2, v)
     add(v, spare, v)
     _divide_by_root(xp, m, v, spare, rate, eps)
-    if shrink != 1:
+    if shrink.item() != 1:
         multiply(p, shrink, p)
     xp.subtract(p, spare, p)
 
@@ -219,11 +219,7 @@ class _Group:
             self._flat = first._array.reshape(-1)
             self._buffer = first._buffer
         else:
-            unit = max(1, _ALIGNMENT // first.dtype.itemsize)
-            self._places, end = [], 0
-            for variable in members:
-                self._places.append(end)
-                end += -(-variable.size // unit) * unit
+            self._places, end = self._layout(members)
             self._flat = xp.zeros(end, first.dtype)
             self._buffer = Buffer(self._flat)
             self._buffer.shared = True
@@ -236,6 +232,24 @@ class _Group:
         self._gradients = xp.zeros(self._flat.size, first.dtype)
         self._gradient_buffer = Buffer(self._gradients)
         self._runs: dict[tuple[bool, ...], list[tuple[_Run, list[int]]]] = {}
+
+    def _layout(self, members: list[Variable]) -> tuple[list[int], int]:
+        """Return where each variable begins, and where the last one ends.
+
+        On NumPy a bias lies directly under its kernel: then a compiled program takes both for one
+        matrix. On a GPU all loads are aligned instead.
+        """
+        unit = max(1, _ALIGNMENT // self.dtype.itemsize)
+        places: list[int] = []
+        end = 0
+        above: tuple[int, ...] = ()
+        for variable in members:
+            if not (self._xp is np and len(above) == 2 and variable.shape == above[1:]):
+                end = -(-end // unit) * unit
+            places.append(end)
+            end += variable.size
+            above = variable.shape
+        return places, -(-end // unit) * unit
 
     def runs(self, present: tuple[bool, ...]) -> list[tuple[_Run, list[int]]]:
         """Return the maximal runs of members that have a gradient, each with its members."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._flat_update import FlatUpdate
+from tapegrad._function.layout import Layout, Pair
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import ends
 from tapegrad.primitive import MultiPrimitive, Update
@@ -26,8 +27,8 @@ class Place:
     pending  how many uses of the memory are still to come (of a root).
     """
 
-    __slots__ = ("array", "dtype", "holds", "keep", "kind", "name", "offset", "pending", "root",
-                 "shape", "view")  # fmt: skip
+    __slots__ = ("array", "dtype", "holds", "kind", "name", "offset", "pending", "root",
+                 "shape", "turned", "view")  # fmt: skip
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Place:
         self.array = array
         self.pending = 0
         self.offset = -1
-        self.keep = False  # lives to the end of the program
+        self.turned = False  # the transpose of the whole of its root
         self.holds: tuple[Place, ...] = ()  # memory that a local array may show
         self.name = ""
 
@@ -96,8 +97,15 @@ def lowers(*names: str) -> Callable[[Lower], Lower]:
 class Lowering:
     """Turns steps into lines, and keeps account of where every value lies."""
 
-    def __init__(self, program: Program, first_write: int) -> None:
+    def __init__(self, program: Program, first_write: int, layout: Layout) -> None:
         self.program = program
+        self.layout = layout
+        self.extended: dict[Value, Array] = {}  # matrices with the ones beside them, transposed
+        self.done: set[Step] = set()  # what came with an earlier step
+        self.users: dict[Value, list[Step]] = {}
+        for step in program.steps:
+            for x in step.values():
+                self.users.setdefault(x, []).append(step)
         self.lines: list[Line] = []
         self.places: dict[Value, Place] = {}
         self.destinations: dict[Value, Place] = {}
@@ -109,13 +117,16 @@ class Lowering:
         self._locals = 0
         self._loaded: dict[Value, Place] = {}
         self._copies = self._reads_to_copy()
+        self.copied = self._copies.keys()
+        self.speculates = False  # whether a NaN in a checked value sends a call the careful way
         self.writes_from = -1  # the first line that changes state
         self._choose_destinations()
         for position, step in enumerate(program.steps):
             if position == first_write:
                 self.writes_from = len(self.lines)
             self._copy_before(step)
-            self._lower(step)
+            if step not in self.done:
+                self._lower(step)
             for x in step.values():
                 if x in self.places:
                     self.places[x].root.pending -= 1
@@ -199,6 +210,9 @@ class Lowering:
                 place = Place("static", x.shape, x.dtype, array=x.source._array)
             elif x.kind == "input":
                 place = self.local(x.shape, x.dtype, f"x{x.source}")
+                if x in self.layout.with_ones:
+                    given, place = place, self._with_ones(x)
+                    self.line("copyto({}, {})", place, given)
             else:
                 place = self._place_of_read(x)
             self.set(x, place)
@@ -256,6 +270,8 @@ class Lowering:
         """
         y = step.outputs[position]
         place = self.destinations.get(y)
+        if place is None and y in self.layout.with_ones:
+            place = self._with_ones(y)
         if place is None and y in self._outputs:
             place = self.local(y.shape, y.dtype)
             self.line("{} = empty({}, {})", place, y.shape, y.dtype)
@@ -266,16 +282,63 @@ class Lowering:
                 old = self.places[x]
                 if (
                     old.kind == "arena"
-                    and old.root is old
+                    and (old.root is old or old.turned)
+                    and old.turned == (y in self.layout.feature_major)
                     and (old.shape, old.dtype) == (y.shape, y.dtype)
-                    and old.pending == sum(other is x for other in step.values())
+                    and old.root.pending == sum(other is x for other in step.values())
                 ):
                     place = old
                     break
+        if place is None and y in self.layout.feature_major:
+            base = self.arena(y.shape[::-1], y.dtype)
+            place = self.view(base, y.shape, np.transpose)
+            place.turned = True
         if place is None:
             place = self.arena(y.shape, y.dtype)
         self.set(y, place)
         return place
+
+    def _with_ones(self, y: Value) -> Place:
+        """Make memory of its own for a matrix with ones beside it, which stay there."""
+        rows, columns = y.shape
+        if y in self.layout.feature_major:
+            full = np.ones((columns + 1, rows), y.dtype)
+            self.extended[y] = full
+            return Place("static", y.shape, y.dtype, array=full[:-1].T)
+        full = np.ones((rows, columns + 1), y.dtype)
+        self.extended[y] = full.T
+        return Place("static", y.shape, y.dtype, array=full[:, :-1])
+
+    def like(self, y: Value, turned: bool) -> Place:
+        """Return scratch for a value's elements, stored as it is."""
+        if not turned:
+            return self.arena(y.shape, y.dtype)
+        place = self.view(self.arena(y.shape[::-1], y.dtype), y.shape, np.transpose)
+        place.turned = True
+        return place
+
+    def integers(self, place: Place) -> Place:
+        """Return the bits of a place's numbers as integers of their size."""
+        kind = np.dtype(f"i{place.dtype.itemsize}")
+        bits = self.view(place, place.shape, lambda array: array.view(kind))
+        bits.dtype = kind
+        return bits
+
+    def joined_destination(self, pair: Pair) -> Array:
+        """Return where a kernel's gradient and its bias's lie, as one matrix."""
+        kernel, bias = self.destinations[pair.kernel].array, self.destinations[pair.bias].array
+        flat = kernel.base if kernel.base is not None else kernel
+        start = (kernel.ctypes.data - flat.ctypes.data) // kernel.itemsize
+        rows, columns = kernel.shape
+        assert bias.ctypes.data == kernel.ctypes.data + kernel.nbytes
+        part: Array = flat.reshape(-1)[start : start + (rows + 1) * columns]
+        return part.reshape(rows + 1, columns)
+
+    def turned(self, place: Place) -> Place:
+        """Return the transpose of a matrix's place."""
+        if place.kind == "static":
+            return Place("static", place.shape[::-1], place.dtype, array=place.bind().T)
+        return self.view(place, place.shape[::-1], np.transpose)
 
     def line(self, text: str, *operands: Any) -> None:
         """Add a line; the operands take the place of its braces."""
@@ -283,6 +346,9 @@ class Lowering:
 
     def call(self, function: str, *operands: Any) -> None:
         """Add a call of one of NumPy's functions, by the name that the replay knows."""
+        if function in ("maximum", "minimum"):  # they take out by its name alone
+            self.line(f"{function}({{}}, {{}}, out={{}})", *operands)
+            return
         self.line(f"{function}({', '.join(['{}'] * len(operands))})", *operands)
 
     def bound(

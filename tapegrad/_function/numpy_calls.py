@@ -16,6 +16,7 @@ import numpy as np
 from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK
 from tapegrad._flat_update import FlatUpdate, spares
+from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers
 from tapegrad._function.program import Step, Value
 from tapegrad._index import SLOT
@@ -89,7 +90,17 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
     """
     dtypes = {x.dtype for x in step.values()}
     found = []
+    shapes = [x.shape for x in step.values()]
     for x in step.inputs:
+        if type(x) is Value and x.kind == "constant" and x.size > 1 and len(shapes) == 2:
+            array = np.asarray(x.source._array)
+            if array.size and (array == array.flat[0]).all():
+                other = shapes[0] if step.inputs[1] is x else shapes[1]
+                if np.broadcast_shapes(*shapes) == other:  # one number does as well
+                    found.append(
+                        Place("static", (), x.dtype, array=array.reshape(-1)[:1].reshape(()))
+                    )
+                    continue
         place = b.of(x)
         if type(x) is not Value and len(dtypes) == 1:
             (dtype,) = dtypes
@@ -268,12 +279,15 @@ def _relu(b: Lowering, step: Step) -> bool:
     if not y.shape:
         return False
     x = b.of(step.inputs[0])
-    b.call("maximum", x, _zeros(y), b.out(step, *step.inputs))
+    out = b.out(step, *step.inputs)
+    b.call("maximum", x, _zeros(b, y), out)
     return True
 
 
-def _zeros(y: Value) -> Place:
+def _zeros(b: Lowering, y: Value) -> Place:
     """Return a row of zeros: NumPy compares with it three times faster than with a number."""
+    if y in b.layout.feature_major:
+        return Place("static", y.shape, y.dtype, array=np.zeros(y.shape[::-1], y.dtype).T)
     return Place("static", y.shape[-1:], y.dtype, array=np.zeros(y.shape[-1:], y.dtype))
 
 
@@ -285,12 +299,35 @@ def _relu_grad(b: Lowering, step: Step) -> bool:
     return _masked(b, step, g, y)
 
 
+def _probe() -> bool:
+    """Tell whether relu of -0.0 is +0.0 here, which NumPy does not promise."""
+    return all(
+        not np.signbit(np.maximum(np.full(n, -0.0, dtype), np.zeros(n, dtype))).any()
+        for n in (1, 3, 7, 64, 1000)
+        for dtype in ("f", "d")
+    )
+
+
+_RELU_HAS_NO_SIGN = _probe()
+
+
 def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
     out = step.outputs[0]
     if not g.dtype == y.dtype == out.dtype or out.dtype.char not in "fd" or g.shape != y.shape:
         return False
     gradient, output = b.of(g), b.of(y)
-    mask = b.arena(y.shape, y.dtype)
+    in_memory = gradient.kind != "local" and output.kind != "local" and not b.is_output(out)
+    turned = y in b.layout.feature_major
+    if _RELU_HAS_NO_SIGN and y in b.layout.visible and in_memory:
+        # The bits of relu's output are 0 or a positive integer, but for NaN, which is seen at the
+        # end: their sign times g's bits are g's, or those of 0, whatever g is.
+        b.speculates = True
+        mask = b.integers(b.like(y, turned))
+        place = b.out(step, g)
+        b.call("sign", b.integers(output), mask)
+        b.call("multiply", b.integers(gradient), mask, b.integers(place))
+        return True
+    mask = b.like(y, turned)
     place = b.out(step)
     # Of relu's output the sign is 0 or 1, and NaN where it is NaN: the repair makes that 0.
     b.call("sign", output, mask)
@@ -304,7 +341,10 @@ def _linear_relu_grad(b: Lowering, step: Step) -> bool:
     g, y = step.inputs
     if type(g) is not Value or type(y) is not Value or not _masked(b, step, g, y):
         return False
-    if b.uses(step.outputs[1]):
+    bias = step.outputs[1]
+    if bias in b.layout.paired:
+        b.set(bias, b.destinations[bias])
+    elif b.uses(bias):
         _sum_rows(b, step, b.of(step.outputs[0]), 1)
     return True
 
@@ -494,6 +534,9 @@ def _sum_to(b: Lowering, step: Step) -> bool:
         return False
     lead = len(x.shape) - len(y.shape)
     stretched = tuple(i for i, n in enumerate(x.shape) if i < lead or y.shape[i - lead] != n)
+    if y in b.layout.paired:
+        b.set(y, b.destinations[y])
+        return True
     place = b.of(x)
     if stretched == (0,) and len(x.shape) == 2 and x.dtype.char in "fd":
         return _sum_rows(b, step, place, 0)
@@ -524,9 +567,30 @@ def _matmul(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     if type(x1) is not Value or type(x2) is not Value or not x1.dtype == x2.dtype == y.dtype:
         return False
+    pair = b.layout.pairs.get(step)
+    if pair is not None and pair.activation in b.extended and y in b.destinations:
+        full = b.extended[pair.activation]
+        b.call("dot", _static(full), b.of(pair.upstream), _static(b.joined_destination(pair)))
+        b.set(y, b.destinations[y])
+        return True
     places = b.of(x1), b.of(x2)
-    b.call(_product(x1, x2, y), *places, b.out(step))
+    _multiply_matrices(b, _product(x1, x2, y), *places, b.out(step))
     return True
+
+
+def _static(array: Array) -> Place:
+    return Place("static", array.shape, array.dtype, array=array)
+
+
+def _multiply_matrices(b: Lowering, product: str, left: Place, right: Place, out: Place) -> None:
+    if (out.turned or _is_turned(out)) and left.kind != "local" and right.kind != "local":
+        left, right, out = b.turned(right), b.turned(left), b.turned(out)
+    b.call(product, left, right, out)
+
+
+def _is_turned(place: Place) -> bool:
+    array = place.bind() if place.kind == "static" else None
+    return array is not None and array.ndim == 2 and not array.flags.c_contiguous
 
 
 def _product(x1: Value, x2: Value, y: Value) -> str:
@@ -541,12 +605,21 @@ def _linear(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     if not x.dtype == w.dtype == bias.dtype:
         return False
+    both = joined(w, bias) if w not in b.copied and bias not in b.copied else None
     places = b.of(x), b.of(w), b.of(bias)
     out = b.out(step)
-    b.call(_product(x, w, y), *places[:2], out)
-    b.call("add", out, places[2], out)
+    product = _product(x, w, y)
+    if x in b.extended and both is not None and out.kind != "local":
+        full = b.extended[x]
+        if out.turned or _is_turned(out):
+            b.call("dot", _static(both.T), _static(full), b.turned(out))
+        else:
+            b.call("dot", _static(full.T), _static(both), out)
+    else:
+        _multiply_matrices(b, product, places[0], places[1], out)
+        b.call("add", out, places[2], out)
     if step.name == "linear_relu":
-        b.call("maximum", out, _zeros(y), out)
+        b.call("maximum", out, _zeros(b, y), out)
     return True
 
 
@@ -603,6 +676,9 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
         return False
     dtype = logits.dtype
     with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
+    turned = with_grad and step.outputs[1] in b.layout.feature_major
+    if turned and _feature_major_cross_entropy(b, step):
+        return True
     x, t = b.of(logits), b.of(labels)
     top = b.arena((n, 1), dtype)
     shifted = b.arena((n, classes), dtype)
@@ -634,6 +710,62 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     else:
         b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", top, loss, meaning, x, t)
     return True
+
+
+def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
+    """Let everything run along contiguous rows: one row for each class."""
+    logits, labels = step.inputs
+    loss, gradient = step.outputs
+    n, classes = logits.shape
+    x = b.of(logits)
+    total_step = _the_sum_of(b, loss)
+    if loss not in b.layout.visible or not x.turned or b.is_output(gradient) or classes > 64:
+        return False
+    b.speculates = True
+    dtype = logits.dtype
+    t = b.of(labels)
+    z = b.turned(x)
+    out = b.turned(b.out(step, position=1))
+    top = b.arena((1, n), dtype)
+    shifted, spread, hot = (b.arena((classes, n), dtype) for _ in range(3))
+    log_total = b.arena((n,), dtype)
+    flat = (classes * n,)
+    b.line("if maximum_reduce({}.view(uint64)) >= {}: wrong_labels({}, {})", t, classes, t, classes)
+    b.line("maximum_reduce({}, 0, None, {}, True)", z, top)
+    # A product with ones spreads a row over all classes, and one with a square of ones sums over
+    # them: half the time of calls that broadcast or reduce.
+    b.call("dot", _static(np.ones((classes, 1), dtype)), top, spread)
+    b.call("subtract", z, spread, shifted)
+    b.call("exp", shifted, out)
+    b.call("dot", _static(np.ones((classes, classes), dtype)), out, spread)
+    b.call("divide", out, spread, out)
+    b.line("{}({}, 1, {}, 'clip')", np.eye(classes, dtype=dtype).take, t, hot)
+    b.call("subtract", out, hot, out)
+    b.line("log({}, {})", b.view(spread, (n,), lambda a: a[0]), log_total)
+    if total_step is not None:
+        y = total_step.outputs[0]
+        place = b.local((), dtype)
+        ones = _static(np.ones(n, dtype))
+        flat_hot, flat_shifted = (b.view(p, flat, _reshaper(flat)) for p in (hot, shifted))
+        b.line("{} = dot({}, {}) - dot({}, {})", place, log_total, ones, flat_hot, flat_shifted)
+        b.set(y, place)
+        b.done.add(total_step)
+        b.set(loss, log_total)
+        return True
+    b.call("multiply", hot, shifted, hot)
+    b.line("add_reduce({}, 0, None, {})", hot, b.view(top, (n,), _reshaper((n,))))
+    b.line("subtract({}, {}, {})", log_total, b.view(top, (n,), _reshaper((n,))), b.out(step))
+    return True
+
+
+def _the_sum_of(b: Lowering, x: Value) -> Step | None:
+    """Return the step that sums a vector, if nothing else uses it."""
+    users = b.users.get(x, [])
+    if len(users) == 1 and users[0].name == "sum" and b.uses(x) == 1:
+        step = users[0]
+        if not step.outputs[0].shape and step.params["dtype"] is None:
+            return step
+    return None
 
 
 @lowers("probability_cross_entropy", "probability_cross_entropy_with_grad")
@@ -680,9 +812,9 @@ def _assign(b: Lowering, step: Step) -> bool:
     else:
         if type(step.inputs[0]) is not Value and variable.dtype.kind in "fiu":
             value = _number(value, variable.dtype)
-        b.line(
-            f"{_ASSIGNS[step.name]}({{}}, {{}}, {{}}, casting='same_kind')", target, value, target
-        )
+        same = getattr(value, "dtype", None) == variable.dtype
+        casting = "" if same else ", casting='same_kind'"
+        b.line(f"{_ASSIGNS[step.name]}({{}}, {{}}, {{}}{casting})", target, value, target)
     return True
 
 
@@ -729,11 +861,14 @@ class _Numbers:
     def __init__(self, formula: Callable[..., tuple[float, ...]], arrays: list[Array]) -> None:
         self._formula = formula
         self._arrays = arrays
+        self._last: tuple[float, ...] = (math.nan,) * len(arrays)
 
     def __call__(self, *settings: Any) -> None:
         numbers = self._formula(*[x.item() for x in settings])
-        for array, number in zip(self._arrays, numbers, strict=True):
-            array[()] = number
+        for array, number, before in zip(self._arrays, numbers, self._last, strict=True):
+            if number != before:
+                array[()] = number
+        self._last = numbers
 
 
 def _named(name: str, function: Any) -> Any:
