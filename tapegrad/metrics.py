@@ -51,7 +51,7 @@ class Mean:
             self._add(reductions.sum(ew.multiply(x, weight)), reductions.sum(weight))
 
     def _add(self, total: Tensor, count: Tensor | float) -> None:
-        if self._state is None:
+        if self._state is None or self._state[0].backend != total.backend:
             zero = zeros_like(total)
             self._state = Variable(zero, trainable=False), Variable(zero, trainable=False)
         self._state[0].assign_add(total)
@@ -68,7 +68,9 @@ class Mean:
 
     def reset_state(self) -> None:
         """Forget everything taken in."""
-        self._state = None
+        # In place: a compiled step goes on to write to these Variables.
+        for variable in self._state or ():
+            variable.assign(0.0)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}={float(self.result()):.6g}>"

@@ -58,32 +58,41 @@ class Layout:
     feature_major  matrices that are stored transposed.
     with_ones      matrices that have ones beside them.
     pairs          of the steps that compute a kernel's gradient.
-    paired         the gradients of biases that come with those of kernels.
+    pair_of_bias   of the gradients of biases that come with those of kernels.
     visible        values whose NaN is seen in one of `checked`.
     checked        0-d outputs whose NaN sends a call the careful way.
     """
 
-    def __init__(self, program: Program | None) -> None:
+    def __init__(self, program: Program | None, first_write: int = 0) -> None:
         self.feature_major: set[Value] = set()
         self.with_ones: set[Value] = set()
         self.pairs: dict[Step, Pair] = {}
-        self.paired: set[Value] = set()
+        self.pair_of_bias: dict[Value, Pair] = {}
         self.visible: set[Value] = set()
         self.checked: list[Value] = []
         if program is not None:
+            self._see(program, first_write)
             self._transpose(program)
             self._add_ones(program)
             self._pair(program)
-            self._see(program)
 
     def _transpose(self, program: Program) -> None:
         found = self.feature_major
+        outputs = set(program.output_values())  # arrays of the caller's own, in the usual order
         for step in program.steps:
-            if step.name == "label_cross_entropy_with_grad" and step.inputs[0] in found:
-                found.add(step.outputs[1])
+            if step.name == "label_cross_entropy_with_grad":
+                if step.outputs[1] in outputs:
+                    continue
+                if step.inputs[0] in found and self.loss_by_classes(step):
+                    found.add(step.outputs[1])
                 continue
             for y in step.outputs[:1]:
-                if len(y.shape) != 2 or not 0 < y.size <= SMALL or y.dtype.kind != "f":
+                if (
+                    y in outputs
+                    or len(y.shape) != 2
+                    or not 0 < y.size <= SMALL
+                    or y.dtype.kind != "f"
+                ):
                     continue
                 known = [x for x in step.values() if x in found]
                 if (
@@ -130,13 +139,33 @@ class Layout:
                     total.name == "sum_to" and total.inputs[0] is g and bias.shape == g.shape[1:]
                 )
                 if same and x in self.with_ones:
-                    self.pairs[product] = Pair(x, g, kernel, bias)
-                    self.paired.add(bias)
+                    pair = self.pairs[product] = Pair(x, g, kernel, bias)
+                    self.pair_of_bias[bias] = pair
 
-    def _see(self, program: Program) -> None:
-        self.checked = [x for x in program.output_values() if not x.shape and x.dtype.kind == "f"]
+    def loss_by_classes(self, step: Step) -> bool:
+        """Tell whether a softmax cross-entropy can be computed along rows of one class each."""
+        logits, labels = step.inputs
+        return (
+            not step.params["label_smoothing"]
+            and step.params["ignore_label"] is None
+            and logits.dtype.char in "fd"
+            and labels.dtype == np.int64
+            and logits.shape[1] <= 64
+            and step.outputs[0] in self.visible
+        )
+
+    def _see(self, program: Program, first_write: int) -> None:
+        before = program.steps[:first_write]
+        made = {y for step in before for y in step.outputs}
+        results = [x for x in program.output_values()]
+        results += [
+            x for step in program.steps if step.name.startswith("assign") for x in step.values()
+        ]
+        self.checked = [
+            x for x in dict.fromkeys(results) if x in made and not x.shape and x.dtype.kind == "f"
+        ]
         self.visible = set(self.checked)
-        for step in reversed(program.steps):
+        for step in reversed(before):
             if step.name in _SPREADS_NAN and step.outputs[0] in self.visible:
                 self.visible.update(step.values())
 

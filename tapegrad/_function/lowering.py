@@ -279,9 +279,10 @@ class Lowering:
             for x in reuse:
                 if type(x) is not Value or x in self._outputs:
                     continue
-                old = self.places[x]
+                old = self.places.get(x)
                 if (
-                    old.kind == "arena"
+                    old is not None
+                    and old.kind == "arena"
                     and (old.root is old or old.turned)
                     and old.turned == (y in self.layout.feature_major)
                     and (old.shape, old.dtype) == (y.shape, y.dtype)
@@ -324,6 +325,19 @@ class Lowering:
         bits.dtype = kind
         return bits
 
+    def pair_of_bias(self, bias: Value) -> Pair | None:
+        """Return the pair with whose kernel a bias's gradient is computed, if it is."""
+        pair = self.layout.pair_of_bias.get(bias)
+        return pair if pair is not None and self.is_one_product(pair) else None
+
+    def is_one_product(self, pair: Pair) -> bool:
+        """Tell whether a pair's gradients are written where they lie together."""
+        return (
+            pair.activation in self.extended
+            and pair.kernel in self.destinations
+            and pair.bias in self.destinations
+        )
+
     def joined_destination(self, pair: Pair) -> Array:
         """Return where a kernel's gradient and its bias's lie, as one matrix."""
         kernel, bias = self.destinations[pair.kernel].array, self.destinations[pair.bias].array
@@ -336,6 +350,11 @@ class Lowering:
 
     def turned(self, place: Place) -> Place:
         """Return the transpose of a matrix's place."""
+        if place.kind == "local":
+            transpose = self.local(place.shape[::-1], place.dtype)
+            transpose.holds = (place.root,)
+            self.line("{} = {}.T", transpose, place)
+            return transpose
         if place.kind == "static":
             return Place("static", place.shape[::-1], place.dtype, array=place.bind().T)
         return self.view(place, place.shape[::-1], np.transpose)

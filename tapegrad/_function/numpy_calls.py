@@ -342,7 +342,7 @@ def _linear_relu_grad(b: Lowering, step: Step) -> bool:
     if type(g) is not Value or type(y) is not Value or not _masked(b, step, g, y):
         return False
     bias = step.outputs[1]
-    if bias in b.layout.paired:
+    if b.pair_of_bias(bias) is not None:
         b.set(bias, b.destinations[bias])
     elif b.uses(bias):
         _sum_rows(b, step, b.of(step.outputs[0]), 1)
@@ -534,7 +534,7 @@ def _sum_to(b: Lowering, step: Step) -> bool:
         return False
     lead = len(x.shape) - len(y.shape)
     stretched = tuple(i for i, n in enumerate(x.shape) if i < lead or y.shape[i - lead] != n)
-    if y in b.layout.paired:
+    if b.pair_of_bias(y) is not None:
         b.set(y, b.destinations[y])
         return True
     place = b.of(x)
@@ -568,7 +568,7 @@ def _matmul(b: Lowering, step: Step) -> bool:
     if type(x1) is not Value or type(x2) is not Value or not x1.dtype == x2.dtype == y.dtype:
         return False
     pair = b.layout.pairs.get(step)
-    if pair is not None and pair.activation in b.extended and y in b.destinations:
+    if pair is not None and b.is_one_product(pair):
         full = b.extended[pair.activation]
         b.call("dot", _static(full), b.of(pair.upstream), _static(b.joined_destination(pair)))
         b.set(y, b.destinations[y])
@@ -583,7 +583,7 @@ def _static(array: Array) -> Place:
 
 
 def _multiply_matrices(b: Lowering, product: str, left: Place, right: Place, out: Place) -> None:
-    if (out.turned or _is_turned(out)) and left.kind != "local" and right.kind != "local":
+    if out.turned or _is_turned(out):
         left, right, out = b.turned(right), b.turned(left), b.turned(out)
     b.call(product, left, right, out)
 
@@ -676,9 +676,8 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
         return False
     dtype = logits.dtype
     with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
-    turned = with_grad and step.outputs[1] in b.layout.feature_major
-    if turned and _feature_major_cross_entropy(b, step):
-        return True
+    if with_grad and step.outputs[1] in b.layout.feature_major:
+        return _feature_major_cross_entropy(b, step)
     x, t = b.of(logits), b.of(labels)
     top = b.arena((n, 1), dtype)
     shifted = b.arena((n, classes), dtype)
@@ -715,12 +714,12 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
 def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     """Let everything run along contiguous rows: one row for each class."""
     logits, labels = step.inputs
-    loss, gradient = step.outputs
+    loss = step.outputs[0]
     n, classes = logits.shape
     x = b.of(logits)
-    total_step = _the_sum_of(b, loss)
-    if loss not in b.layout.visible or not x.turned or b.is_output(gradient) or classes > 64:
+    if x.kind == "local":
         return False
+    total_step = _the_sum_of(b, loss)
     b.speculates = True
     dtype = logits.dtype
     t = b.of(labels)

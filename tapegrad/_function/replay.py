@@ -167,7 +167,7 @@ class Replay:
         self._placements = _storage.placements
         self._memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        layout = Layout(self._program if rewrites.ENABLED else None)
+        layout = Layout(self._program if rewrites.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tapegrad import losses, optimizers
 from tapegrad import metrics as metrics_module
+from tapegrad._function import function
 from tapegrad._recording import no_record
 from tapegrad._structure import flatten
 from tapegrad.data.batches import Batches
@@ -53,6 +54,7 @@ class Model(Layer):
         loss: Any = None,
         metrics: Any = (),
         weighted_metrics: Any = (),
+        run_eagerly: bool = False,
     ) -> None:
         """Choose how to train.
 
@@ -60,6 +62,9 @@ class Model(Layer):
         loss              a name, a loss of `tapegrad.losses`, or a function of (y_true, y_pred).
         metrics           names, metrics of `tapegrad.metrics` or functions, shown beside the loss.
         weighted_metrics  the same, with the examples' weights taken in.
+        run_eagerly       whether `fit` runs `train_step` as it is written, in every step. By
+                          default it is compiled (`tg.function`): what is no operation of tapegrad,
+                          such as printing, then happens in the first steps only.
 
         Raises `ValueError` for unknown names.
         """
@@ -68,6 +73,7 @@ class Model(Layer):
         self._metrics = _metrics(metrics)
         self._weighted_metrics = _metrics(weighted_metrics)
         self._loss_mean = metrics_module.Mean("loss")
+        self._run_eagerly = bool(run_eagerly)
         self._compiled = True
 
     @property
@@ -165,6 +171,8 @@ class Model(Layer):
         if class_weight is not None:
             sample_weight = _class_weights(y, class_weight, sample_weight)
         batches = _batches(x, y, sample_weight, batch_size, shuffle, seed)
+        # Compiled anew for each fit: layers may have been frozen since the last one.
+        step = self.train_step if self._run_eagerly else function(self.train_step, strict=False)
         history = History()
         progress = Progress(verbose, epochs)
         with Interrupts() as interrupts:
@@ -173,7 +181,7 @@ class Model(Layer):
                 progress.begin(epoch + 1, len(batches) if isinstance(batches, Batches) else None)
                 done = 0
                 for batch in batches:
-                    self.train_step(*_unpack(batch))
+                    step(*_unpack(batch))
                     done += 1
                     if interrupts.asked:
                         break
