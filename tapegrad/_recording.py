@@ -9,8 +9,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-# Frames of these files are never "the user's line": ours, and the `with` machinery between.
-_OWN_FILES = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__)
+import numpy as np
+
+# Frames of these files are never "the user's line": ours, NumPy's (whose functions call ours), and
+# the `with` machinery between.
+_OWN_FILES = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(np.__file__)) + os.sep,
+    contextlib.__file__,
+)
 
 
 class Recorder(Protocol):

@@ -7,7 +7,7 @@ class FormatError(ValueError):
     """A file does not hold what its format promises; the message names the file and the offset."""
 
 
-class FunctionError(TypeError):
+class FunctionError(RuntimeError):
     """A function cannot be compiled: the message names the line, the reason and the remedy."""
 
 

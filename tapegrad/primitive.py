@@ -106,18 +106,20 @@ class Primitive:
         values: Sequence[Any] = inputs
         if not tensors:
             values, arrays = self._convert(inputs)
+        return self._finish(self.compute(arrays, params), values, params)
+
+    def compute(self, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
+        """Return what a call gives for these arrays, by the kernel or the meaning; no recording."""
         xp = self._module_of(arrays)
         try:
             y = None
             if self.kernel is not None and _backend.runs_kernels(xp):
                 y = self.kernel(xp, *arrays, **params)
-            if y is None:
-                y = self.forward(xp, *arrays, **params)
+            return self.forward(xp, *arrays, **params) if y is None else y
         except (ValueError, TypeError, IndexError) as error:
             raise self._explained(error, arrays) from error
         except MemoryError as error:
             raise _backend.out_of_memory(error, self.name) from None
-        return self._finish(y, values, params)
 
     def _finish(self, y: Any, inputs: Sequence[Any], params: dict[str, Any]) -> Tensor:
         out = _new(Tensor)
@@ -393,7 +395,13 @@ class Update:
                 recorder.writing(variable)
             variable._buffer.before_write(variable._array)
         # Fetched only now: a value that was a view of what is written has just been moved.
-        arrays = [x if isinstance(x, (float, int)) else x._array for x in inputs]
+        self.compute([x if isinstance(x, (float, int)) else x._array for x in inputs], params)
+        for recorder in recorders:
+            if recorder.lasting:
+                recorder.updated(self, inputs, params)
+
+    def compute(self, arrays: Sequence[Any], params: dict[str, Any]) -> None:
+        """Write to the first of these arrays, by the kernel or the meaning; no recording."""
         try:
             xp = _backend.module_of(arrays)
             done = None
@@ -405,6 +413,3 @@ class Update:
             raise type(error)(f"[{self.name}] {error}") from error
         except MemoryError as error:
             raise _backend.out_of_memory(error, self.name) from None
-        for recorder in recorders:
-            if recorder.lasting:
-                recorder.updated(self, inputs, params)

@@ -281,7 +281,10 @@ class Tensor(Operand):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return wrap(self._array)  # the values never change, so they may be shared
+        copy = wrap(self._array)  # the values never change, so they may be shared
+        if state.recorders:
+            tell_copied(self, copy)
+        return copy
 
     def __reduce__(self) -> Any:
         return _unpickle, (self.numpy(), self.backend)
@@ -406,6 +409,8 @@ def constant(value: Any, dtype: Any = None, shape: Any = None) -> Tensor:
     tensor = Tensor(value, dtype)
     if shape is None:
         return tensor
+    if isinstance(value, Operand):
+        value._leave("tg.constant(tensor, shape=...)")
     array = tensor._array
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if array.size == 1 and array.shape != shape:

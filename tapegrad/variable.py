@@ -97,8 +97,10 @@ class Variable(Operand):
 
     def _tear(self, why: str) -> None:
         """Let every further use say that the values are neither the old nor the new ones."""
-        self._array = _Torn(self.name, why)
-        self._tensor = None
+        if type(self._array) is not _Torn:
+            self._array = _Torn(self.name, why, self._array)
+            self._tensor = None
+            _storage.placements += 1
 
     def _move(self, xp: Module) -> None:
         """Let the values lie in memory of the array module `xp`, if they do not yet."""
@@ -149,6 +151,15 @@ class Variable(Operand):
     def _update(
         self, update: Update, value: Any, index: Any = None, arrays: Sequence[Tensor] = ()
     ) -> Variable:
+        torn = self._array
+        if type(torn) is _Torn and update is assign and index is None:
+            self._array = torn.memory
+            _storage.placements += 1
+            try:
+                return self._update(update, value)
+            except BaseException:
+                self._array = torn
+                raise
         if isinstance(value, Operand):
             value = value._read()
         elif not isinstance(value, (float, int)) or isinstance(value, (bool, np.generic)):
@@ -204,10 +215,11 @@ class Variable(Operand):
 class _Torn:
     """Stands in place of an array that was half written."""
 
-    def __init__(self, name: str, why: str) -> None:
+    def __init__(self, name: str, why: str, memory: Array) -> None:
+        self.memory = memory
         self._text = (
-            f"variable {name!r} holds neither its old nor its new values: {why}; load its weights "
-            "again, or make it anew"
+            f"variable {name!r} holds neither its old nor its new values: {why}; assign it a "
+            "value, or load its weights again"
         )
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -545,7 +545,7 @@ class Watch(tg.Model):
 
 def watch(loss="mse", **options):
     model = Watch()
-    model.compile(tg.optimizers.SGD(0.0), loss, **options)
+    model.compile(tg.optimizers.SGD(0.0), loss, **options, run_eagerly=True)
     return model
 
 
@@ -1016,7 +1016,7 @@ def test_fit_on_a_terminal(monkeypatch, clock, columns):
             return super().call(x, training)
 
     model = Slow()
-    model.compile(tg.optimizers.SGD(0.0), "mse", metrics=["mae"])
+    model.compile(tg.optimizers.SGD(0.0), "mse", metrics=["mae"], run_eagerly=True)
     model.fit(
         COLUMN, 0 * COLUMN, batch_size=5, epochs=2, shuffle=False, validation_data=(COLUMN, COLUMN)
     )
@@ -1084,7 +1084,7 @@ class Interrupted(tg.Model):
 
 def interrupted(at, *args, **options):
     model = Interrupted(at, *args, **options)
-    model.compile(tg.optimizers.SGD(0.01, momentum=0.9), "mse")
+    model.compile(tg.optimizers.SGD(0.01, momentum=0.9), "mse", run_eagerly=True)
     return model
 
 
@@ -1374,9 +1374,10 @@ def test_an_explicit_loop_is_what_fit_does():
             optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
             mean.update_state(loss, float(len(labels)))
         losses.append(float(mean.result()))
-    assert losses == history["loss"]
+    # fit compiles the step, which may change the order of sums
+    np.testing.assert_allclose(losses, history["loss"], rtol=1e-6)
     for a, b in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 # ---- the fused primitives against the plain composition

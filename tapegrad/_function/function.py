@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -55,22 +56,38 @@ class Function:
         self._entries: dict[Any, _Entry] = {}
         self._lock = threading.RLock()
         self._warned = False
-        self._bound: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
+        # By id: objects may be equal, or have no hash.
+        self._bound: dict[int, tuple[weakref.ref[Any], Function]] = {}
         self._numbers = _Surroundings(function)
         self._has_numbers = bool(self._numbers)
         # The arrays' shapes and types of the last replayed call, and its program: most calls are
         # like the one before, and comparing costs half of what looking a signature up does.
         self._last: tuple[Any, Replay] | None = None
 
-    def __get__(self, instance: Any, owner: Any = None) -> Function:
+    def __get__(self, instance: Any, owner: Any = None) -> Function | Method:
         """Return the function of an object's own method: each object has programs of its own."""
         if instance is None:
             return self
-        bound = self._bound.get(instance)
-        if bound is None:
-            method = _method(self._function, weakref.ref(instance))
-            bound = self._bound[instance] = Function(method, strict=self._strict)
-        return bound
+        found = self._bound.get(id(instance))
+        if found is None or found[0]() is not instance:
+            found = self._bind(instance)
+        return Method(instance, found[1])
+
+    def _bind(self, instance: Any) -> tuple[weakref.ref[Any], Function]:
+        bound, key = self._bound, id(instance)
+        try:
+            owner = weakref.ref(instance, lambda _: bound.pop(key, None))
+        except TypeError:
+            raise TypeError(
+                f"{self._name} needs weak references to its {type(instance).__name__}: "
+                "add '__weakref__' to the __slots__"
+            ) from None
+        made = Function(_method(self._function, owner), strict=self._strict)
+        with self._lock:
+            found = bound.get(key)
+            if found is None or found[0]() is not instance:
+                found = bound[key] = owner, made
+        return found
 
     def __repr__(self) -> str:
         return f"<tg.function {self._name}, {len(self.programs)} programs>"
@@ -95,8 +112,12 @@ class Function:
         tensors: list[Any] = []
         key = self._key(args, kwargs, arrays, tensors)
         entry = self._entries.get(key)
+        if entry is None and self._numbers.look():
+            self._has_numbers, self._last = bool(self._numbers), None
+            return self(*args, **kwargs)
         if entry is not None and entry.replay is not None:
-            if len(tensors) == len(args) and not kwargs and not self._has_numbers:
+            plain = not kwargs and not self._has_numbers and all(type(x) is Tensor for x in args)
+            if plain:
                 self._last = [(a.shape, a.dtype, type(a)) for a in arrays], entry.replay
             return entry.replay.run(arrays, tensors)
         return self._record(key, args, kwargs)
@@ -141,14 +162,14 @@ class Function:
                 continue
             originals[leaves[i].id] = leaf
             inputs.append(leaves[i])
-        entry.calls += 1
-        recording = Recording(self._name, inputs, self._strict, founding=entry.calls == 1)
+        recording = Recording(self._name, inputs, self._strict, founding=entry.calls == 0)
         args, kwargs = unflatten((args, kwargs), leaves)
         before, state.recorders = state.recorders, [recording]
         try:
             result = self._function(*args, **kwargs)
         finally:
             state.recorders = before
+        entry.calls += 1  # a call that failed is none
         if recording.problem is not None:
             self._stay_eager(entry, recording.problem)
         elif not recording.created_variables:
@@ -209,7 +230,6 @@ class Function:
                 "from tg.random"
             )
             if self._strict:
-                entry.recorded = None
                 raise FunctionError(problem)
             self._stay_eager(entry, problem)
 
@@ -240,6 +260,26 @@ class Function:
         check(self, args, kwargs)
 
 
+class Method:
+    """A `Function` of one object, which it keeps alive as Python's own methods do."""
+
+    __slots__ = ("__self__", "_bound")
+
+    def __init__(self, instance: Any, bound: Function) -> None:
+        self.__self__ = instance
+        self._bound = bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function of this object."""
+        return self._bound(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bound, name)
+
+    def __repr__(self) -> str:
+        return repr(self._bound)
+
+
 class _Surroundings:
     """The numbers that a function finds around itself: its closure, defaults and globals."""
 
@@ -247,16 +287,32 @@ class _Surroundings:
         function = inspect.unwrap(function)
         function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)
-        self._cells = list(getattr(function, "__closure__", None) or ())
         self._function = function if code is not None else None
-        space = getattr(function, "__globals__", {})
-        names = set(_names(code)) if code is not None else set()
-        self._space = space
-        self._names = sorted(n for n in names if type(space.get(n)) in _NUMBERS and n in space)
-        self._cells = [c for c in self._cells if _may_hold_number(c)]
+        self._space = getattr(function, "__globals__", {})
+        self._closure = list(getattr(function, "__closure__", None) or ())
+        self._all_names = sorted(set(_names(code))) if code is not None else []
+        self._cells: list[Any] = []
+        self._names: list[str] = []
+        self.look()
+
+    def look(self) -> bool:
+        """Look which names stand for numbers now; tell whether others did before.
+
+        A global may be defined after the function is.
+        """
+        cells = [cell for cell in self._closure if _may_hold_number(cell)]
+        space = self._space
+        names = [n for n in self._all_names if n in space and type(space[n]) in _NUMBERS]
+        before = *map(id, self._cells), *self._names
+        self._cells, self._names = cells, names
+        return before != (*map(id, cells), *names)
 
     def __bool__(self) -> bool:
-        return bool(self._cells or self._names or getattr(self._function, "__defaults__", None))
+        return bool(self._cells or self._names or self._defaults())
+
+    def _defaults(self) -> list[Any]:
+        own = getattr(self._function, "__defaults__", None) or ()
+        return [*own, *(getattr(self._function, "__kwdefaults__", None) or {}).values()]
 
     def now(self) -> tuple[Any, ...]:
         """Return the numbers as they are now."""
@@ -267,15 +323,20 @@ class _Surroundings:
             except ValueError:  # not assigned yet
                 continue
             if type(value) in _NUMBERS:
-                found.append((type(value), value))
+                found.append(_number(value))
         for name in self._names:
             value = self._space.get(name)
             if type(value) in _NUMBERS:
-                found.append((type(value), value))
-        for value in getattr(self._function, "__defaults__", None) or ():
+                found.append(_number(value))
+        for value in self._defaults():
             if type(value) in _NUMBERS:
-                found.append((type(value), value))
+                found.append(_number(value))
         return tuple(found)
+
+
+def _number(x: Any) -> tuple[Any, ...]:
+    """Return what tells a number from all others: 0.0 equals -0.0, and NaN not itself."""
+    return type(x), x if x and x == x else repr(x)
 
 
 def _may_hold_number(cell: Any) -> bool:
@@ -319,23 +380,24 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         arrays.append(array)
         tensors.append(_LazyTensor(array))
     elif is_container(x):
-        key.append((type(x), len(flatten(x)), tuple(x) if isinstance(x, dict) else None))
-        for leaf in _children(x):
-            _signature(leaf, key, arrays, tensors)
+        children = _children(x)
+        key.append((type(x), len(children), tuple(x) if isinstance(x, Mapping) else None))
+        for child in children:
+            _signature(child, key, arrays, tensors)
     elif isinstance(x, Variable):
         key.append(("variable", x.id))
     elif type(x) in _NUMBERS:
-        key.append((type(x), x if x == x else "nan"))
+        key.append(_number(x))
     else:
         key.append((type(x), id(x)))
 
 
 def _children(x: Any) -> list[Any]:
-    if isinstance(x, dict):
-        return list(x.values())
-    if type(x) in (list, tuple):
-        return list(x)
-    return flatten(x)
+    if isinstance(x, Mapping):
+        return [x[name] for name in x]
+    if dataclasses.is_dataclass(x):
+        return [getattr(x, field.name) for field in dataclasses.fields(x)]
+    return list(x)
 
 
 class _LazyTensor:

@@ -15,6 +15,7 @@ They change the order of sums, and so the last bits; `rewrites.ENABLED = False` 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,13 +120,13 @@ class Layout:
 
     def _pair(self, program: Program) -> None:
         made_by = {y: step for step in program.steps for y in step.outputs}
-        for gather in program.steps:
-            if gather.name != "gather_gradients":
-                continue
+        gathers = [step for step in program.steps if step.name == "gather_gradients"]
+        times = Counter(x for gather in gathers for x in gather.inputs)
+        for gather in gathers:
             places = gather.params["places"]
             for i in range(len(places) - 1):
                 kernel, bias = gather.inputs[i : i + 2]
-                if places[i + 1] != places[i] + kernel.size:
+                if places[i + 1] != places[i] + kernel.size or times[kernel] + times[bias] > 2:
                     continue
                 product, total = made_by.get(kernel), made_by.get(bias)
                 if product is None or total is None or product.name != "matmul":
@@ -157,7 +158,7 @@ class Layout:
     def _see(self, program: Program, first_write: int) -> None:
         before = program.steps[:first_write]
         made = {y for step in before for y in step.outputs}
-        results = [x for x in program.output_values()]
+        results = list(program.output_values())
         results += [
             x for step in program.steps if step.name.startswith("assign") for x in step.values()
         ]

@@ -134,6 +134,9 @@ class Lowering:
             self.writes_from = len(self.lines)
 
     def _lower(self, step: Step) -> None:
+        if not self.program.on_host:  # kernels launch as they do in an eager call
+            self.call_meaning(step)
+            return
         lower = lowerings.get(step.name)
         if isinstance(step.primitive, FlatUpdate):
             lower = lowerings["flat_update"]
@@ -173,11 +176,16 @@ class Lowering:
         if not x.shape:
             place = self.local(x.shape, x.dtype)
             memory = Place("static", x.shape, x.dtype, array=variable._array)
-            self.line("{} = {}[()]", place, memory)
+            # A NumPy scalar is a value of its own; a 0-d CuPy array shows the Variable's memory.
+            self.line("{} = {}[()]" if self.program.on_host else "{} = {}.copy()", place, memory)
             return place
         memory = Place("static", x.shape, x.dtype, array=variable._array)
         if x not in self._copies and x not in self._outputs:
             return memory
+        if not self.program.on_host:
+            place = self.local(x.shape, x.dtype)
+            self.line("{} = {}.copy()", place, memory)
+            return place
         place = self.arena(x.shape, x.dtype)
         self.line("copyto({}, {})", place, memory)
         return place
@@ -411,8 +419,10 @@ def _answers_tuple(step: Step) -> bool:
 
 
 def _meaning(step: Step) -> Callable[..., Any]:
+    """Return what computes a step's results, its settings given, of arrays."""
+
     def call(*arrays: Any) -> Any:
-        return step.primitive.forward(np, *arrays, **step.params)
+        return step.primitive.compute(arrays, step.params)
 
     call.__name__ = step.name
     return call

@@ -821,10 +821,11 @@ def _assign(b: Lowering, step: Step) -> bool:
 def _gather(b: Lowering, step: Step) -> bool:
     flat = step.writes[0]._array
     for x, start in zip(step.inputs, step.params["places"], strict=True):
-        if b.places.get(x) is not None and b.places[x] is b.destinations.get(x):
-            continue  # it was computed there
         place = b.of(x)
         part = flat[start : start + x.size].reshape(x.shape)
+        there = b.destinations.get(x)
+        if there is not None and place is there and there.array.ctypes.data == part.ctypes.data:
+            continue  # it was computed there
         b.line("{}[...] = {}", Place("static", x.shape, x.dtype, array=part), place)
     return True
 

@@ -97,6 +97,7 @@ class Program:
     inputs     the Values of the tensor arguments.
     outputs    the leaves of the result: Values, and anything else as it was.
     structure  the result, whose leaves `outputs` replaces.
+    on_host    whether all of it is NumPy's: it then runs in memory of its own.
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class Program:
         steps: Sequence[Step],
         outputs: Sequence[Any],
         structure: Any,
+        on_host: bool = True,
     ) -> None:
+        self.on_host = on_host
         self.inputs = list(inputs)
         self.steps = list(steps)
         self.outputs = list(outputs)
@@ -152,7 +155,7 @@ def difference(first: Program, second: Program) -> Difference | None:
         """Compare two inputs of one step; constants that differ are noted and passed over."""
         nonlocal constants
         if type(a) is not Value or type(b) is not Value:
-            if type(a) is type(b) and (a == b or a != a):
+            if type(a) is type(b) and repr(a) == repr(b):  # 0.0 equals -0.0, and NaN not itself
                 return None
             if isinstance(a, (int, float)) and isinstance(b, (int, float)):
                 constants = constants or Difference(True, f"a number at {where} was {a}, then {b}")
@@ -200,7 +203,11 @@ def difference(first: Program, second: Program) -> Difference | None:
             found = compare(leaf, other, "the return")
             if found is not None:
                 return found
-        elif type(leaf) is not type(other) or not (leaf is other or leaf == other):
+        elif leaf is other:
+            continue
+        elif isinstance(other, np.ndarray):
+            return Difference(True, "the function returned another NumPy array: return tensors")
+        elif type(leaf) is not type(other) or leaf != other:
             return Difference(True, f"the function returned {leaf!r}, then {other!r}")
     return constants
 

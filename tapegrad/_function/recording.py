@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from tapegrad import _backend
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._recording import user_location
 from tapegrad._storage import lies_in_buffer
-from tapegrad._structure import flatten
+from tapegrad._structure import flatten, map_structure
 from tapegrad.errors import FunctionError
 from tapegrad.primitive import Primitive, Update, primitives
 from tapegrad.tensor import Operand, Tensor, next_id, wrap
@@ -37,6 +40,7 @@ class Recording:
         self.since = next_id()  # versions of Variables that are older were read outside
         self.problem: str | None = None
         self.created_variables = False
+        self.on_device = False  # whether an array of CuPy took part: programs are NumPy's calls
         self._inputs = [
             Value("input", x.shape, x.dtype, position) for position, x in enumerate(inputs)
         ]
@@ -55,6 +59,7 @@ class Recording:
         node: Any,
     ) -> Any:
         """Write down one call, unless its result is a constant."""
+        self._look_at(outputs)
         values = self._values
         if primitive.name in _CONSTANTS:
             return node
@@ -78,6 +83,11 @@ class Recording:
             values[y.id] = result
         return node
 
+    def _look_at(self, operands: Sequence[Operand]) -> None:
+        kind = _backend.cupy_ndarray
+        if kind is not None and not self.on_device:
+            self.on_device = any(isinstance(x._array, kind) for x in operands)
+
     def _value(self, x: Any) -> Any:
         if type(x) is not Tensor:
             return x
@@ -100,6 +110,7 @@ class Recording:
     def updated(self, update: Update, inputs: Sequence[Any], params: dict[str, Any]) -> None:
         """Write down an update that has happened."""
         count = update.writes
+        self._look_at(inputs[:count])
         read = [self._value(x._read() if isinstance(x, Operand) else x) for x in inputs[count:]]
         self._steps.append(
             Step(update, read, (), params, user_location(), inputs[:count], len(self._steps))
@@ -141,10 +152,16 @@ class Recording:
 
     def program(self, result: Any) -> Program:
         """Return what was recorded of a call that gave `result`."""
-        leaves = []
-        for leaf in flatten(result):
-            if isinstance(leaf, Tensor):
-                leaves.append(self._value(leaf._read()))
-            else:
-                leaves.append(leaf)
-        return Program(self._inputs, self._steps, leaves, result)
+        leaves = [
+            self._value(leaf._read()) if isinstance(leaf, Tensor) else leaf
+            for leaf in flatten(result)
+        ]
+        structure = map_structure(_without_values, result)
+        return Program(self._inputs, self._steps, leaves, structure, not self.on_device)
+
+
+def _without_values(leaf: Any) -> Any:
+    """Return what stands for a tensor of the result: the program must not keep its values."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return wrap(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape))

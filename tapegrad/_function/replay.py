@@ -25,7 +25,7 @@ from tapegrad._function.rewrites import (
     without_repeated_steps,
     writes_last,
 )
-from tapegrad._storage import Buffer
+from tapegrad._storage import Buffer, lies_in_buffer
 from tapegrad._structure import is_container, unflatten
 from tapegrad.tensor import Tensor, next_id
 from tapegrad.variable import Variable
@@ -111,15 +111,15 @@ class Writes:
         self._interrupted: tuple[Any, ...] | None = None
 
     def begin(self) -> None:
-        """Hold Ctrl-C back, and give a copy to everyone who still reads the old values."""
+        """Give a copy to everyone who still reads the old values, and hold Ctrl-C back."""
+        for buffer in self._buffers:
+            if buffer.shown:
+                buffer.before_write(buffer.array)
         if threading.get_ident() == _main_thread:
             # Between two of NumPy's calls it would tear the update: 282 of 300 tries did. The
             # module under `signal` is asked, which takes 0.2 us where that takes 1.5.
             self._interrupted = None
             self._previous = _signal.signal(_signal.SIGINT, self._hold)
-        for buffer in self._buffers:
-            if buffer.shown:
-                buffer.before_write(buffer.array)
 
     def _hold(self, *arguments: Any) -> None:
         self._interrupted = arguments
@@ -157,6 +157,7 @@ class Replay:
         without_dead_steps(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
+        self._writes = self._first_write < len(program.steps)
         # A context of its own, in which NumPy does not warn: entering it costs a tenth of errstate.
         self._context = contextvars.copy_context()
         self._context.run(lambda: np.seterr(all="ignore"))
@@ -167,7 +168,8 @@ class Replay:
         self._placements = _storage.placements
         self._memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        layout = Layout(self._program if rewrites.ENABLED else None, self._first_write)
+        rewrite = rewrites.ENABLED and self._program.on_host
+        layout = Layout(self._program if rewrite else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:
@@ -216,6 +218,9 @@ class Replay:
 
     def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
         """Run the program on the inputs' arrays; return the result in its structure."""
+        if self._writes:
+            # A view of a Variable keeps its values: the program's own writes would change them.
+            arrays = [a.copy() if a.base is not None and lies_in_buffer(a) else a for a in arrays]
         with self._lock:
             if self._placements != _storage.placements:
                 self._check_placements()
@@ -267,7 +272,8 @@ def _result(lowered: Lowering, x: Any) -> tuple[str, Any]:
     place = lowered.of(x)
     if place.kind == "local" and not place.holds:
         return "tensor({})", place
-    return ("tensor({}.copy())" if x.shape else "tensor({}[()])"), place
+    scalar = not x.shape and lowered.program.on_host
+    return ("tensor({}[()])" if scalar else "tensor({}.copy())"), place
 
 
 class _Text:
@@ -331,7 +337,8 @@ class _Text:
     def compile(self, text: str, name: str) -> Callable[..., Any]:
         space = _NAMES | self._objects
         exec(compile(text, f"<replay of {name}>", "exec"), space)  # our own text alone
-        function: Callable[..., Any] = space["replay"]
+        # Taken out: a function whose own globals name it would be freed by the collector alone.
+        function: Callable[..., Any] = space.pop("replay")
         return function
 
 

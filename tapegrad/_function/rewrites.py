@@ -47,9 +47,9 @@ def without_repeated_steps(program: Program) -> None:
 def _key(step: Step) -> Any:
     if isinstance(step.primitive, Update):
         return None
-    inputs = tuple(x if type(x) is Value else (type(x), x) for x in step.inputs)
+    inputs = tuple(x if type(x) is Value else (type(x), repr(x)) for x in step.inputs)
     try:
-        key = (step.primitive, inputs, tuple(sorted(step.params.items())))
+        key = (step.primitive, inputs, tuple(sorted((k, v, repr(v)) for k, v in step.params.items())))
         hash(key)
     except TypeError:  # a parameter that is no plain value
         return None

@@ -58,6 +58,8 @@ def full(shape: Shape, value: float, *, dtype: Any = None) -> Tensor:
     >>> print(tg.full((2,), 7.0))
     tg.Tensor([7. 7.], shape=(2,), dtype=float32)
     """
+    if isinstance(value, Operand):
+        value._leave("tg.full(shape, tensor)")
     filling = as_array(value, dtype, np)
     if filling.ndim:
         raise ValueError(f"[full] value must be one number, got shape {filling.shape}")
