@@ -49,20 +49,26 @@ def for_blocks(size: int, work: Callable[[slice, int], None]) -> None:
 
     One lane's calls come one after the other: what they use for scratch can be shared by lane.
     """
+    for_rows(size, BLOCK, size, work)
+
+
+def for_rows(rows: int, block: int, size: int, work: Callable[[slice, int], None]) -> None:
+    """Do what `for_blocks` does, in blocks of so many rows, which hold `size` elements in all."""
     count = lanes(size)
     if count == 1:
-        _lane(work, 0, 0, size)
+        _lane(work, block, 0, 0, rows)
         return
-    share = -(-size // count // BLOCK) * BLOCK
-    starts = range(0, size, share)
+    share = max(1, -(-rows // count // block)) * block
+    starts = range(0, rows, share)
     # list() waits for all of them and raises what one of them raised
     list(
         _threads().map(
-            lambda i: _lane(work, i, starts[i], min(starts[i] + share, size)), range(len(starts))
+            lambda i: _lane(work, block, i, starts[i], min(starts[i] + share, rows)),
+            range(len(starts)),
         )
     )
 
 
-def _lane(work: Callable[[slice, int], None], lane: int, start: int, end: int) -> None:
-    for first in range(start, end, BLOCK):
-        work(slice(first, min(first + BLOCK, end)), lane)
+def _lane(work: Callable[[slice, int], None], block: int, lane: int, start: int, end: int) -> None:
+    for first in range(start, end, block):
+        work(slice(first, min(first + block, end)), lane)

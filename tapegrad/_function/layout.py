@@ -56,6 +56,7 @@ class Pair(NamedTuple):
 class Layout:
     """What a program's values are stored as.
 
+    active         whether anything but the meanings' own operations may be done.
     feature_major  matrices that are stored transposed.
     with_ones      matrices that have ones beside them.
     pairs          of the steps that compute a kernel's gradient.
@@ -65,6 +66,7 @@ class Layout:
     """
 
     def __init__(self, program: Program | None, first_write: int = 0) -> None:
+        self.active = program is not None
         self.feature_major: set[Value] = set()
         self.with_ones: set[Value] = set()
         self.pairs: dict[Step, Pair] = {}

@@ -27,7 +27,7 @@ class Place:
     pending  how many uses of the memory are still to come (of a root).
     """
 
-    __slots__ = ("array", "dtype", "holds", "kind", "name", "offset", "pending", "root",
+    __slots__ = ("array", "bits", "dtype", "holds", "kind", "name", "offset", "pending", "root",
                  "shape", "turned", "view")  # fmt: skip
 
     def __init__(
@@ -48,6 +48,7 @@ class Place:
         self.array = array
         self.pending = 0
         self.offset = -1
+        self.bits: Any = None  # the integer type as which it shows all of its root's numbers
         self.turned = False  # the transpose of the whole of its root
         self.holds: tuple[Place, ...] = ()  # memory that a local array may show
         self.name = ""
@@ -67,11 +68,13 @@ class Place:
 class Line:
     """One line of the program's text: a format, and the places and objects that it names."""
 
-    __slots__ = ("operands", "text")
+    __slots__ = ("make", "operands", "text", "ufunc")
 
-    def __init__(self, text: str, operands: Sequence[Any]) -> None:
+    def __init__(self, text: str, operands: Sequence[Any], ufunc: str | None = None) -> None:
         self.text = text
         self.operands = tuple(operands)
+        self.ufunc = ufunc  # the elementwise function, if it is one: its last operand is written
+        self.make: Callable[[], Any] | None = None  # makes the first operand, once memory is there
 
 
 Lower = Callable[["Lowering", Step], bool]
@@ -118,6 +121,7 @@ class Lowering:
         self._loaded: dict[Value, Place] = {}
         self._copies = self._reads_to_copy()
         self.copied = self._copies.keys()
+        self.kept: set[Place] = set()  # whose values the results need
         self.speculates = False  # whether a NaN in a checked value sends a call the careful way
         self.writes_from = -1  # the first line that changes state
         self._choose_destinations()
@@ -318,11 +322,12 @@ class Lowering:
         self.extended[y] = full.T
         return Place("static", y.shape, y.dtype, array=full[:, :-1])
 
-    def like(self, y: Value, turned: bool) -> Place:
+    def like(self, y: Value, turned: bool, dtype: Any = None) -> Place:
         """Return scratch for a value's elements, stored as it is."""
+        dtype = y.dtype if dtype is None else dtype
         if not turned:
-            return self.arena(y.shape, y.dtype)
-        place = self.view(self.arena(y.shape[::-1], y.dtype), y.shape, np.transpose)
+            return self.arena(y.shape, dtype)
+        place = self.view(self.arena(y.shape[::-1], dtype), y.shape, np.transpose)
         place.turned = True
         return place
 
@@ -331,6 +336,7 @@ class Lowering:
         kind = np.dtype(f"i{place.dtype.itemsize}")
         bits = self.view(place, place.shape, lambda array: array.view(kind))
         bits.dtype = kind
+        bits.bits = kind if place.root is place else None
         return bits
 
     def pair_of_bias(self, bias: Value) -> Pair | None:
@@ -373,10 +379,11 @@ class Lowering:
 
     def call(self, function: str, *operands: Any) -> None:
         """Add a call of one of NumPy's functions, by the name that the replay knows."""
+        braces = ["{}"] * len(operands)
         if function in ("maximum", "minimum"):  # they take out by its name alone
-            self.line(f"{function}({{}}, {{}}, out={{}})", *operands)
-            return
-        self.line(f"{function}({', '.join(['{}'] * len(operands))})", *operands)
+            braces[-1] = "out={}"
+        ufunc = None if function in ("dot", "matmul", "check_labels") else function
+        self.lines.append(Line(f"{function}({', '.join(braces)})", operands, ufunc))
 
     def bound(
         self, function: Callable[..., Any], *operands: Any, result: Place | None = None

@@ -16,6 +16,7 @@ import numpy as np
 from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK
 from tapegrad._flat_update import FlatUpdate, spares
+from tapegrad._function.blocks import SoftmaxCrossEntropy
 from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers
 from tapegrad._function.program import Step, Value
@@ -326,6 +327,15 @@ def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
         place = b.out(step, g)
         b.call("sign", b.integers(output), mask)
         b.call("multiply", b.integers(gradient), mask, b.integers(place))
+        return True
+    if b.layout.active and in_memory:
+        # Exact whatever g and y are: the bits of g where y > 0, else those of 0.
+        chosen = b.like(y, turned, np.dtype(np.bool_))
+        minus = b.integers(chosen)
+        place = b.out(step, g)
+        b.call("greater", output, _number(0, y.dtype), chosen)
+        b.call("negative", minus, minus)
+        b.call("bitwise_and", b.integers(gradient), minus, b.integers(place))
         return True
     mask = b.like(y, turned)
     place = b.out(step)
@@ -679,6 +689,8 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     if with_grad and step.outputs[1] in b.layout.feature_major:
         return _feature_major_cross_entropy(b, step)
     x, t = b.of(logits), b.of(labels)
+    if logits.size >= _BY_ROWS:
+        return _cross_entropy_by_rows(b, step, x, t, with_grad)
     top = b.arena((n, 1), dtype)
     shifted = b.arena((n, classes), dtype)
     index = b.arena((n,), np.int64)
@@ -709,6 +721,41 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     else:
         b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", top, loss, meaning, x, t)
     return True
+
+
+# Elements from which a pass over memory costs more than the calls of its blocks.
+_BY_ROWS = 1 << 17
+
+
+def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_grad: bool) -> bool:
+    logits = step.inputs[0]
+    n, classes = logits.shape
+    loss = b.out(step)
+    factor, p = None, None
+    scaled = _the_scaling_of(b, step.outputs[1]) if with_grad else None
+    if scaled is not None:
+        factor = scaled.inputs[0].source._array.reshape(-1)[0]
+        p = b.out(scaled)
+        b.done.add(scaled)
+    elif with_grad:
+        p = b.out(step, position=1)
+    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor)
+    b.call("check_labels", t, classes)
+    b.bound(work, x, t, loss, p)
+    return True
+
+
+def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
+    """Return the step that multiplies a gradient by one number, if nothing else uses it."""
+    users = b.users.get(x, [])
+    if len(users) != 1 or users[0].name not in ("scale", "multiply") or b.uses(x) != 1:
+        return None
+    g, d = users[0].inputs
+    if d is not x or type(g) is not Value or g.kind != "constant" or not g.size:
+        return None
+    array = np.asarray(g.source._array)
+    same = users[0].outputs[0].shape == x.shape and g.dtype == x.dtype
+    return users[0] if same and (array == array.flat[0]).all() and array.flat[0] != 0 else None
 
 
 def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:

@@ -16,6 +16,7 @@ from tapegrad._function import (
     numpy_calls,  # noqa: F401  fills the table of lowerings
     rewrites,
 )
+from tapegrad._function.blocks import in_blocks
 from tapegrad._function.layout import Layout
 from tapegrad._function.lowering import Line, Lowering, Place
 from tapegrad._function.memory import allocate, place_in_arena
@@ -165,18 +166,21 @@ class Replay:
 
     def _prepare(self) -> None:
         """Lower the program to where its Variables lie now."""
-        self._placements = _storage.placements
+        placements = _storage.placements
         self._memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
         rewrite = rewrites.ENABLED and self._program.on_host
         layout = Layout(self._program if rewrite else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
+        self._placements = placements
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:
         program = self._program
         lowered = Lowering(program, self._first_write, layout)
         results = [_result(lowered, x) for x in program.outputs]
         kept = [place for _, place in results if isinstance(place, Place)]
+        lowered.kept = {place.root for place in kept}
+        in_blocks(lowered)
         if lowered.speculates:
             _look_for_nan(lowered, self._run_carefully)
         arena = place_in_arena(lowered.lines, kept)
@@ -212,9 +216,10 @@ class Replay:
         return list(found.values())
 
     def _check_placements(self) -> None:
-        self._placements = _storage.placements
+        placements = _storage.placements
         if any(v._array is not array for v, array in self._memory_of):
             self._prepare()
+        self._placements = placements
 
     def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
         """Run the program on the inputs' arrays; return the result in its structure."""
@@ -314,7 +319,8 @@ class _Text:
         return "\n".join([f"def replay({arguments}):", *lines, ""])
 
     def _line(self, line: Line) -> str:
-        return line.text.format(*map(self._operand, line.operands))
+        operands = line.operands if line.make is None else (line.make(), *line.operands[1:])
+        return line.text.format(*map(self._operand, operands))
 
     def _operand(self, x: Any) -> str:
         if isinstance(x, Place):

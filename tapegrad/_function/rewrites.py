@@ -49,7 +49,8 @@ def _key(step: Step) -> Any:
         return None
     inputs = tuple(x if type(x) is Value else (type(x), repr(x)) for x in step.inputs)
     try:
-        key = (step.primitive, inputs, tuple(sorted((k, v, repr(v)) for k, v in step.params.items())))
+        params = tuple(sorted((k, v, repr(v)) for k, v in step.params.items()))
+        key = (step.primitive, inputs, params)
         hash(key)
     except TypeError:  # a parameter that is no plain value
         return None

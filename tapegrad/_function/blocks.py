@@ -1,0 +1,239 @@
+"""Blocks: runs of elementwise calls on large arrays, done block by block in cache, over threads.
+
+One call after the other would read and write every array from memory; block by block, what the
+next call needs is still in cache, and what only the run itself needs never leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapegrad._backend import Array
+from tapegrad._blocks import BLOCK, for_rows, lanes
+from tapegrad._function.lowering import Line, Lowering, Place
+
+_LARGE = 1 << 18  # elements: below, all arrays of a run lie in a second-level cache anyway
+
+
+class _Operand(NamedTuple):
+    """An operand of a call: an array, a local's position, or scratch; whether blocks take rows."""
+
+    array: Array
+    local: int
+    scratch: int
+    rows: bool
+
+
+class Run:
+    """Elementwise calls on arrays of the same rows, made for one block of rows after the other."""
+
+    __name__ = "run"
+
+    def __init__(
+        self,
+        calls: Sequence[tuple[Callable[..., Any], list[_Operand]]],
+        shape: tuple[int, ...],
+        scratch: Sequence[tuple[tuple[int, ...], Any]],
+    ) -> None:
+        self._calls = calls
+        self._rows = shape[0]
+        size = int(np.prod(shape))
+        self._size = size
+        self._block = max(1, BLOCK * shape[0] // size)
+        self._scratch = [
+            [np.empty((min(self._block, self._rows), *tail), dtype) for tail, dtype in scratch]
+            for _ in range(lanes(size))
+        ]
+
+    def __call__(self, *arrays: Array) -> None:
+        calls, scratch = self._calls, self._scratch
+
+        def work(s: slice, lane: int) -> None:
+            count = s.stop - s.start
+            for function, operands in calls:
+                given = []
+                for array, local, spare, rows in operands:
+                    if spare >= 0:
+                        part = scratch[lane][spare][:count]
+                        given.append(part if array is None else part.view(array))
+                    else:
+                        whole = arrays[local] if local >= 0 else array
+                        given.append(whole[s] if rows else whole)
+                function(*given[:-1], out=given[-1])
+
+        for_rows(self._rows, self._block, self._size, work)
+
+
+def in_blocks(lowered: Lowering) -> None:
+    """Replace runs of elementwise calls on large arrays of one shape by `Run`s."""
+    lines = lowered.lines
+    uses: dict[Place, list[int]] = {}
+    for i, line in enumerate(lines):
+        for operand in line.operands:
+            if isinstance(operand, Place):
+                uses.setdefault(operand.root, []).append(i)
+    kept: list[Line] = []
+    writes_from = lowered.writes_from
+    start = 0
+    while start < len(lines):
+        if start == lowered.writes_from:
+            writes_from = len(kept)
+        end = start
+        shape = _shape(lines[start])
+        while (
+            shape is not None
+            and end < len(lines)
+            and (end == start or end != lowered.writes_from)
+            and _shape(lines[end]) == shape
+        ):
+            end += 1
+        if shape is not None and (end - start > 1 or lanes(int(np.prod(shape))) > 1):
+            kept.append(_run(lines[start:end], range(start, end), shape, uses, lowered))
+            start = end
+        else:
+            kept.append(lines[start])
+            start += 1
+    if lowered.writes_from >= len(lines):
+        writes_from = len(kept)
+    lowered.lines, lowered.writes_from = kept, writes_from
+
+
+def _shape(line: Line) -> tuple[int, ...] | None:
+    """Return the shape of an elementwise call's result, if blocks of its rows may be computed."""
+    if line.ufunc is None:
+        return None
+    *inputs, out = line.operands
+    shape: tuple[int, ...] = out.shape
+    if len(shape) < 1 or int(np.prod(shape)) < _LARGE or not _by_rows(out):
+        return None
+    for x in inputs:
+        if not isinstance(x, Place) or not _by_rows(x):
+            return None
+        if len(x.shape) > len(shape) or any(
+            n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False)
+        ):
+            return None
+    return shape
+
+
+def _by_rows(place: Place) -> bool:
+    """Tell whether rows of a place are rows of what it shows: no view but that of its bits."""
+    return place.kind == "static" or place.root is place or place.bits is not None
+
+
+def _run(
+    lines: Sequence[Line],
+    positions: range,
+    shape: tuple[int, ...],
+    uses: dict[Place, list[int]],
+    lowered: Lowering,
+) -> Line:
+    scratch: list[tuple[tuple[int, ...], Any]] = []
+    number: dict[Place, int] = {}
+    locals_: list[Place] = []
+    arrays: list[Place] = []
+    calls: list[tuple[str, list[tuple[Place, bool]]]] = []
+    for line in lines:
+        operands = []
+        for place in line.operands:
+            root = place.root
+            rows = len(place.shape) == len(shape) and place.shape[0] == shape[0] > 1
+            inside = all(i in positions for i in uses[root])
+            if root.kind == "arena" and inside and root.shape == shape and root not in lowered.kept:
+                if root not in number:
+                    number[root] = len(scratch)
+                    scratch.append((shape[1:], root.dtype))
+            elif place.kind == "local":
+                if place not in locals_:
+                    locals_.append(place)
+            else:
+                arrays.append(place)
+            operands.append((place, rows))
+        calls.append((str(line.ufunc), operands))
+
+    def make() -> Run:
+        """Build the run once the arena has its memory."""
+        bound = []
+        for name, operands in calls:
+            given = []
+            for place, rows in operands:
+                if place.root in number:
+                    given.append(_Operand(place.bits, -1, number[place.root], rows))
+                elif place.kind == "local":
+                    given.append(_Operand(None, locals_.index(place), -1, rows))
+                else:
+                    given.append(_Operand(place.bind(), -1, -1, rows))
+            bound.append((getattr(np, name), given))
+        return Run(bound, shape, scratch)
+
+    line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
+    line.make = make
+    return line
+
+
+class SoftmaxCrossEntropy:
+    """Losses of rows and their gradients in one pass over memory: the meaning's operations.
+
+    factor  by which the gradient is multiplied afterwards, or None.
+    """
+
+    __name__ = "softmax_cross_entropy"
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: Any, meaning: Callable[..., Any], factor: Any
+    ) -> None:
+        self._shape = shape
+        self._meaning = meaning
+        self._factor = factor
+        rows, classes = shape
+        self._block = max(1, BLOCK // classes)
+        block = min(self._block, rows)
+        self._starts = np.arange(block) * classes
+        self._scratch = [
+            (
+                np.empty((block, 1), dtype),
+                np.empty((block, 1), dtype),
+                np.empty(block, dtype),
+                np.empty(block, np.int64),
+                np.empty((block, classes), dtype),
+            )
+            for _ in range(lanes(rows * classes))
+        ]
+
+    def __call__(self, logits: Array, labels: Array, losses: Array, gradient: Array | None) -> None:
+        rows, classes = self._shape
+
+        def work(s: slice, lane: int) -> None:
+            n = s.stop - s.start
+            top, total, picked, place, spare = (a[:n] for a in self._scratch[lane])
+            x, t, loss = logits[s], labels[s], losses[s]
+            p = spare if gradient is None else gradient[s]
+            np.maximum.reduce(x, 1, None, top, keepdims=True)
+            np.subtract(x, top, p)
+            np.add(t, self._starts[:n], place)
+            flat = p.reshape(-1)
+            flat.take(place, None, picked, "clip")
+            np.exp(p, p)
+            np.add.reduce(p, 1, None, total, keepdims=True)
+            np.log(total[:, 0], loss)
+            np.subtract(loss, picked, loss)
+            if gradient is not None:
+                np.divide(p, total, p)
+                flat.take(place, None, picked, "clip")
+                np.subtract(picked, picked.dtype.type(1), picked)
+                flat.put(place, picked)
+                if self._factor is not None:
+                    np.multiply(p, self._factor, p)
+            if np.isnan(total).any():  # rows of -inf alone or with a NaN: as the meaning says
+                answer = self._meaning(x, t)
+                if gradient is None and not isinstance(answer, tuple):
+                    loss[...] = answer
+                else:
+                    loss[...] = answer[0]
+                    if gradient is not None:
+                        p[...] = answer[1] if self._factor is None else answer[1] * self._factor
+
+        for_rows(rows, self._block, rows * classes, work)
