@@ -13,7 +13,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK, for_rows, lanes
-from tapegrad._function.lowering import Line, Lowering, Place
+from tapegrad._function.lowering import Fresh, Line, Lowering, Place
 
 _LARGE = 1 << 18  # elements: below, all arrays of a run lie in a second-level cache anyway
 
@@ -87,11 +87,14 @@ def in_blocks(lowered: Lowering) -> None:
             shape is not None
             and end < len(lines)
             and (end == start or end != lowered.writes_from)
-            and _shape(lines[end]) == shape
+            and (_shape(lines[end]) == shape or _makes_array(lines[end]))
         ):
             end += 1
         if shape is not None and (end - start > 1 or lanes(int(np.prod(shape))) > 1):
-            kept.append(_run(lines[start:end], range(start, end), shape, uses, lowered))
+            part = lines[start:end]
+            kept += [line for line in part if _makes_array(line)]
+            calls = [line for line in part if not _makes_array(line)]
+            kept.append(_run(calls, range(start, end), shape, uses, lowered))
             start = end
         else:
             kept.append(lines[start])
@@ -99,6 +102,11 @@ def in_blocks(lowered: Lowering) -> None:
     if lowered.writes_from >= len(lines):
         writes_from = len(kept)
     lowered.lines, lowered.writes_from = kept, writes_from
+
+
+def _makes_array(line: Line) -> bool:
+    """Tell whether a line makes a new array for a result: that can be done before a run."""
+    return isinstance(line.operands[-1] if line.operands else None, Fresh)
 
 
 def _shape(line: Line) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,13 +23,24 @@ class Place:
     kind   "arena": in the program's own memory, at an address that planning gives; "static": an
            array that is there before the program runs (a constant, a Variable's memory); "local":
            a name that a line binds while the program runs.
-    root   the place whose memory this one shows; itself unless it is a view.
     view   makes this place's array of the root's.
     pending  how many uses of the memory are still to come (of a root).
     """
 
-    __slots__ = ("array", "bits", "dtype", "holds", "kind", "name", "offset", "pending", "root",
-                 "shape", "turned", "view")  # fmt: skip
+    __slots__ = (
+        "_root",
+        "array",
+        "bits",
+        "dtype",
+        "holds",
+        "kind",
+        "name",
+        "offset",
+        "pending",
+        "shape",
+        "turned",
+        "view",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -43,7 +55,7 @@ class Place:
         self.kind = kind
         self.shape = shape
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self.root = self if root is None else root
+        self._root = root  # not itself: a cycle would keep the arrays until a collection
         self.view = view
         self.array = array
         self.pending = 0
@@ -52,6 +64,11 @@ class Place:
         self.turned = False  # the transpose of the whole of its root
         self.holds: tuple[Place, ...] = ()  # memory that a local array may show
         self.name = ""
+
+    @property
+    def root(self) -> Place:
+        """The place whose memory this one shows; itself unless it is a view."""
+        return self if self._root is None else self._root
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +80,37 @@ class Place:
         if self.array is None and self.view is not None:
             self.array = self.view(self.root.bind())
         return self.array
+
+
+class Fresh:
+    """Makes arrays that a caller gets; a large one is used again once nobody holds it any more.
+
+    New memory of some megabytes costs a page fault every 4 KiB: as much as writing it does.
+    """
+
+    __name__ = "fresh"
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._large = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize >= _RECYCLED
+        self._given: list[Array] = []
+
+    def __call__(self) -> Array:
+        """Return an array that nobody else holds."""
+        if not self._large:
+            return np.empty(self._shape, self._dtype)
+        given = self._given
+        for i in range(len(given)):
+            if sys.getrefcount(given[i]) == _NOBODY:
+                return given[i]
+        array = np.empty(self._shape, self._dtype)
+        if len(given) < 2:  # who keeps more results has use for them
+            given.append(array)
+        return array
+
+
+_RECYCLED = 1 << 20  # bytes
+_NOBODY = 2  # references that sys.getrefcount counts: the list's, and its own argument
 
 
 class Line:
@@ -286,7 +334,7 @@ class Lowering:
             place = self._with_ones(y)
         if place is None and y in self._outputs:
             place = self.local(y.shape, y.dtype)
-            self.line("{} = empty({}, {})", place, y.shape, y.dtype)
+            self.line("{} = {}()", place, Fresh(y.shape, y.dtype))
         if place is None:
             for x in reuse:
                 if type(x) is not Value or x in self._outputs:
@@ -334,6 +382,12 @@ class Lowering:
     def integers(self, place: Place) -> Place:
         """Return the bits of a place's numbers as integers of their size."""
         kind = np.dtype(f"i{place.dtype.itemsize}")
+        if place.kind == "local":
+            bits = Place("local", place.shape, kind, root=place.root)
+            bits.name = f"{place.name}.view({kind.name})"
+            bits.holds = place.holds
+            bits.bits = kind
+            return bits
         bits = self.view(place, place.shape, lambda array: array.view(kind))
         bits.dtype = kind
         bits.bits = kind if place.root is place else None

@@ -245,9 +245,14 @@ def _number(value: float, dtype: Any) -> Place:
 def _scale(b: Lowering, step: Step) -> bool:
     g, d = step.inputs
     y = step.outputs[0]
-    if not y.shape or type(g) is not Value or y.dtype.char not in "fd":
+    if not y.shape or y.dtype.char not in "fd":
         return False
     places = _numbers(b, step)
+    if type(g) is not Value:
+        if g == 0:
+            return False
+        b.call("multiply", *places, b.out(step, d))
+        return True
     if type(d) is not Value:
         if d - d != 0:
             return False
@@ -259,6 +264,21 @@ def _scale(b: Lowering, step: Step) -> bool:
     if g.kind == "constant" and bool(np.all(g.source._array != 0)):
         return True  # no factor that could win
     b.line("if holds_nan({}): repair({}, {})", out, out, places[0])
+    return True
+
+
+@lowers("larger_share")
+def _larger_share(b: Lowering, step: Step) -> bool:
+    y = step.outputs[0]
+    if not y.shape or y.dtype.kind != "f":
+        return False
+    places = _numbers(b, step)
+    larger, equal = (b.like(y, False, np.dtype(np.bool_)) for _ in range(2))
+    out = b.out(step)
+    b.call("greater", *places, larger)
+    b.call("equal", *places, equal)
+    b.call("multiply", equal, _number(0.5, y.dtype), out)
+    b.call("add", out, larger, out)
     return True
 
 
@@ -317,9 +337,8 @@ def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
     if not g.dtype == y.dtype == out.dtype or out.dtype.char not in "fd" or g.shape != y.shape:
         return False
     gradient, output = b.of(g), b.of(y)
-    in_memory = gradient.kind != "local" and output.kind != "local" and not b.is_output(out)
     turned = y in b.layout.feature_major
-    if _RELU_HAS_NO_SIGN and y in b.layout.visible and in_memory:
+    if _RELU_HAS_NO_SIGN and y in b.layout.visible:
         # The bits of relu's output are 0 or a positive integer, but for NaN, which is seen at the
         # end: their sign times g's bits are g's, or those of 0, whatever g is.
         b.speculates = True
@@ -328,7 +347,7 @@ def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
         b.call("sign", b.integers(output), mask)
         b.call("multiply", b.integers(gradient), mask, b.integers(place))
         return True
-    if b.layout.active and in_memory:
+    if b.layout.active:
         # Exact whatever g and y are: the bits of g where y > 0, else those of 0.
         chosen = b.like(y, turned, np.dtype(np.bool_))
         minus = b.integers(chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import contextvars
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,9 @@ _NAMES: dict[str, Any] = {
     "copyto": np.copyto,
     "empty": np.empty,
     "broadcast_to": np.broadcast_to,
+    "int8": np.int8,
+    "int32": np.int32,
+    "int64": np.int64,
     "uint32": np.uint32,
     "uint64": np.uint64,
     "wrong_labels": _wrong_labels,
@@ -167,12 +171,12 @@ class Replay:
     def _prepare(self) -> None:
         """Lower the program to where its Variables lie now."""
         placements = _storage.placements
-        self._memory_of = [(v, v._array) for v in self.variables()]
+        memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
         rewrite = rewrites.ENABLED and self._program.on_host
         layout = Layout(self._program if rewrite else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
-        self._placements = placements
+        self._placements, self._memory_of = placements, memory_of
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:
         program = self._program
@@ -182,7 +186,7 @@ class Replay:
         lowered.kept = {place.root for place in kept}
         in_blocks(lowered)
         if lowered.speculates:
-            _look_for_nan(lowered, self._run_carefully)
+            _look_for_nan(lowered, _Carefully(self))
         arena = place_in_arena(lowered.lines, kept)
         allocate([*lowered.lines, Line("", kept)], arena)
         writes = Writes(
@@ -231,6 +235,20 @@ class Replay:
                 self._check_placements()
             results = self._context.run(self._call, *arrays)
         return results if self._finish is None else self._finish(results, tensors)
+
+
+class _Carefully:
+    """Runs a program carefully; holds it weakly, for the program's text holds this."""
+
+    __name__ = "carefully"
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = weakref.ref(replay)
+
+    def __call__(self, *arrays: Array) -> Any:
+        replay = self._replay()
+        assert replay is not None
+        return replay._run_carefully(*arrays)
 
 
 def _finisher(program: Program) -> Callable[[Any, Sequence[Any]], Any] | None:
