@@ -148,6 +148,7 @@ from tapegrad.ops.shape import (
     transpose,
     unstack,
 )
+from tapegrad.printing import print
 from tapegrad.tape import GradientTape
 from tapegrad.tensor import Tensor, constant, from_dlpack
 from tapegrad.training.model import Model, Sequential
@@ -310,6 +311,7 @@ __all__ = [
     "pi",
     "positive",
     "power",
+    "print",
     "prod",
     "random",
     "reciprocal",

@@ -217,6 +217,7 @@ NOT_OPERATIONS = {
     tg.hvp,
     tg.jvp,
     tg.no_record,
+    tg.print,
     tg.recompute_grad,
     tg.set_backend,
     tg.value_and_grad,

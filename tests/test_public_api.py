@@ -175,7 +175,7 @@ LAYERS: list[list[str]] = [
     ["_blocks", "_files", "_storage", "_structure", "config", "errors"],
     ["tensor"],
     ["_index", "primitive"],
-    ["_flat_update", "linear", "variable"],
+    ["_flat_update", "linear", "printing", "variable"],
     ["_tape_arguments", "tape"],
     ["ops", "ops.*"],
     ["fused", "nn", "random"],

@@ -21,21 +21,12 @@ def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
     first: dict[Place, int] = {}
     last: dict[Place, int] = {}
 
-    def note(place: Place, position: int) -> None:
-        if place.kind == "local":
-            for root in place.holds:
-                note(root, position)
-        root = place.root
-        if root.kind == "arena":
-            first.setdefault(root, position)
-            last[root] = position
-
     for position, line in enumerate(lines):
         for operand in line.operands:
             if isinstance(operand, Place):
-                note(operand, position)
+                _note(operand, position, first, last)
     for place in kept:
-        note(place, len(lines))
+        _note(place, len(lines), first, last)
     placed: list[Place] = []
     total = 0
     for place in sorted(first, key=lambda p: (-p.nbytes, first[p])):
@@ -54,6 +45,16 @@ def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
         placed.append(place)
         total = max(total, offset + size)
     return total
+
+
+def _note(place: Place, position: int, first: dict[Place, int], last: dict[Place, int]) -> None:
+    """Note that a line names a place, and so what its array may show."""
+    for root in place.holds:
+        _note(root, position, first, last)
+    root = place.root
+    if root.kind == "arena":
+        first.setdefault(root, position)
+        last[root] = position
 
 
 def allocate(lines: list[Line], size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
