@@ -614,12 +614,14 @@ def _static(array: Array) -> Place:
 def _multiply_matrices(b: Lowering, product: str, left: Place, right: Place, out: Place) -> None:
     if out.turned or _is_turned(out):
         left, right, out = b.turned(right), b.turned(left), b.turned(out)
+    if out.kind == "static" and not out.bind().flags.c_contiguous:
+        product = "matmul"  # beside a column of ones: dot writes to whole arrays alone
     b.call(product, left, right, out)
 
 
 def _is_turned(place: Place) -> bool:
     array = place.bind() if place.kind == "static" else None
-    return array is not None and array.ndim == 2 and not array.flags.c_contiguous
+    return array is not None and array.ndim == 2 and bool(array.T.flags.c_contiguous)
 
 
 def _product(x1: Value, x2: Value, y: Value) -> str:
