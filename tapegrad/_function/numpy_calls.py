@@ -111,12 +111,12 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
     return found
 
 
-def _scalar_operation(b: Lowering, step: Step) -> bool:
-    """Write an operator between 0-d values, which are NumPy's scalars."""
+def _scalar(b: Lowering, step: Step, text: str, *operands: Any) -> bool:
+    """Write an expression of 0-d values, which are NumPy's scalars."""
     y = step.outputs[0]
-    left, right = (b.of(x) for x in step.inputs)
+    places = [b.of(x) for x in step.inputs]
     out = b.local(y.shape, y.dtype)
-    b.line(f"{{}} = {{}} {_OPERATORS[step.name]} {{}}", out, left, right)
+    b.line("{} = " + text, out, *operands, *places)
     b.set(y, out)
     return True
 
@@ -124,7 +124,10 @@ def _scalar_operation(b: Lowering, step: Step) -> bool:
 @lowers(*_UFUNCS)
 def _ufunc(b: Lowering, step: Step) -> bool:
     if not step.outputs[0].shape:
-        return step.name in _OPERATORS and _scalar_operation(b, step)
+        if step.name in _OPERATORS:
+            return _scalar(b, step, f"{{}} {_OPERATORS[step.name]} {{}}")
+        braces = ", ".join(["{}"] * len(step.inputs))
+        return _scalar(b, step, f"{{}}(np, {braces})", step.primitive.forward)
     places = _numbers(b, step)
     out = b.out(step, *step.inputs)
     b.call(_UFUNCS[step.name], *places, out)
@@ -134,7 +137,8 @@ def _ufunc(b: Lowering, step: Step) -> bool:
 @lowers("square")
 def _square(b: Lowering, step: Step) -> bool:
     if not step.outputs[0].shape:
-        return False
+        x = b.of(step.inputs[0])
+        return _scalar(b, step, "{} * {}", x)
     x = b.of(step.inputs[0])
     b.call("multiply", x, x, b.out(step, *step.inputs))
     return True
@@ -166,6 +170,8 @@ def _rsqrt(b: Lowering, step: Step) -> bool:
 def _power(b: Lowering, step: Step) -> bool:
     x, exponent = step.inputs
     y = step.outputs[0]
+    if not y.shape:
+        return _scalar(b, step, "{} ** {}")
     if type(exponent) is Value or not y.shape or y.dtype != x.dtype or x.dtype.kind != "f":
         return False
     # What the operator ** does with these exponents.
@@ -245,6 +251,14 @@ def _number(value: float, dtype: Any) -> Place:
 def _scale(b: Lowering, step: Step) -> bool:
     g, d = step.inputs
     y = step.outputs[0]
+    if not y.shape and y.dtype.char in "fd":
+        constant = type(g) is Value and g.kind == "constant" and g.source._array != 0
+        if constant or (type(g) is not Value and g != 0):
+            return _scalar(b, step, "{} * {}")  # no factor that could win
+        _scalar(b, step, "{} * {}")
+        out, places = b.places[y], [b.of(x) for x in step.inputs]
+        b.line("if {} != {}: {} = {}(np, {}, {})", out, out, out, step.primitive.forward, *places)
+        return True
     if not y.shape or y.dtype.char not in "fd":
         return False
     places = _numbers(b, step)

@@ -87,6 +87,7 @@ _NAMES: dict[str, Any] = {
     "dot": np.dot,
     "matmul": np.matmul,
     "copyto": np.copyto,
+    "np": np,
     "empty": np.empty,
     "broadcast_to": np.broadcast_to,
     "int8": np.int8,
@@ -195,7 +196,7 @@ class Replay:
             self._name,
         )
         text = _Text(len(program.inputs))
-        source = text.function(lowered, results, writes, single=self._finish is None)
+        source = text.function(lowered, results, writes, structure=program.structure)
         return source, arena, text.compile(source, self._name)
 
     def _run_carefully(self, *arrays: Array) -> Any:
@@ -255,8 +256,9 @@ def _finisher(program: Program) -> Callable[[Any, Sequence[Any]], Any] | None:
     """Return what puts the results into their structure; None where there is but one tensor."""
     outputs, structure = program.outputs, program.structure
     given = {i: x.source for i, x in enumerate(outputs) if type(x) is Value and x.kind == "input"}
-    if len(outputs) == 1 and not given and not is_container(structure):
-        return None
+    plain = len(outputs) == 1 and not is_container(structure)
+    if not given and (plain or _is_flat(structure)):
+        return None  # the program's text says it
 
     def finish(results: tuple[Any, ...], tensors: Sequence[Any]) -> Any:
         leaves = list(results)
@@ -265,6 +267,10 @@ def _finisher(program: Program) -> Callable[[Any, Sequence[Any]], Any] | None:
         return unflatten(structure, leaves)
 
     return finish
+
+
+def _is_flat(structure: Any) -> bool:
+    return type(structure) in (tuple, list) and not any(is_container(x) for x in structure)
 
 
 def _look_for_nan(lowered: Lowering, careful: Callable[..., Any]) -> None:
@@ -313,16 +319,19 @@ class _Text:
         results: Sequence[tuple[str, Any]],
         writes: Writes,
         *,
-        single: bool,
+        structure: Any,
     ) -> str:
         body = [self._line(line) for line in lowered.lines]
         at = lowered.writes_from
         leaves = [
             self._line(Line(text, (place,) if "{}" in text else ())) for text, place in results
         ]
-        answer = (
-            f"return {leaves[0]}" if single else f"return ({''.join(f'{x}, ' for x in leaves)})"
-        )
+        if type(structure) is list and _is_flat(structure):
+            answer = f"return [{', '.join(leaves)}]"
+        elif len(leaves) == 1 and not is_container(structure):
+            answer = f"return {leaves[0]}"
+        else:
+            answer = f"return ({''.join(f'{x}, ' for x in leaves)})"
         arguments = ", ".join(f"x{i}" for i in range(self._inputs))
         lines = [f"    {line}" for line in (body if at < 0 else body[:at])]
         if at >= 0:
@@ -347,7 +356,7 @@ class _Text:
             prefix = "a" if x.kind == "arena" else "c"
             return self._name(x.bind(), prefix)
         if x is None or type(x) in (int, bool, str) or _is_plain_tuple(x):
-            return repr(x)
+            return f"({x})" if type(x) is int and x < 0 else repr(x)  # -2 ** y is -(2 ** y)
         return self._name(x, getattr(x, "__name__", None) or "k")
 
     def _name(self, x: Any, prefix: str) -> str:
