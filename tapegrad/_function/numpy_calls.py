@@ -255,6 +255,8 @@ def _scale(b: Lowering, step: Step) -> bool:
         constant = type(g) is Value and g.kind == "constant" and g.source._array != 0
         if constant or (type(g) is not Value and g != 0):
             return _scalar(b, step, "{} * {}")  # no factor that could win
+        if type(g) is not Value:
+            return _scalar(b, step, "{}(np, {}, {})", step.primitive.forward)
         _scalar(b, step, "{} * {}")
         out, places = b.places[y], [b.of(x) for x in step.inputs]
         b.line("if {} != {}: {} = {}(np, {}, {})", out, out, out, step.primitive.forward, *places)

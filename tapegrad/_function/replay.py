@@ -196,7 +196,9 @@ class Replay:
             self._name,
         )
         text = _Text(len(program.inputs))
-        source = text.function(lowered, results, writes, structure=program.structure)
+        source = text.function(
+            lowered, results, writes, structure=() if self._finish else program.structure
+        )
         return source, arena, text.compile(source, self._name)
 
     def _run_carefully(self, *arrays: Array) -> Any:
