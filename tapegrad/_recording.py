@@ -94,8 +94,7 @@ def only(recorders: Sequence[Any]) -> Iterator[None]:
         state.recorders = outer
 
 
-@contextlib.contextmanager
-def no_record() -> Iterator[None]:
+class no_record(contextlib.ContextDecorator):
     """Hide what happens in a `with` block, on this thread, from every tape that is active.
 
     Also a decorator. A tape that is opened inside the block records as usual.
@@ -108,12 +107,18 @@ def no_record() -> Iterator[None]:
     >>> tape.gradient(y, x) is None
     True
     """
-    outer = state.recorders
-    state.recorders = lasting()
-    try:
-        yield
-    finally:
-        state.recorders = outer
+
+    __slots__ = ("_outer",)
+
+    def _recreate_cm(self) -> no_record:
+        return no_record()  # each call of a decorated function has a block of its own
+
+    def __enter__(self) -> None:
+        self._outer = state.recorders
+        state.recorders = lasting() if state.recorders else []
+
+    def __exit__(self, *exception: object) -> None:
+        state.recorders = self._outer
 
 
 def is_recording(*operands: Any) -> bool:
@@ -135,9 +140,18 @@ def tell_copied(x: Any, copy: Any) -> None:
             recorder.copied(x, copy)
 
 
+# The code of those files' functions, once it was met: asking a set takes a third of the time.
+_own_code: set[Any] = set()
+
+
 def user_location() -> str:
     """Return `file:line` of the innermost call that is not tapegrad's own."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+    while frame.f_back is not None:
+        code = frame.f_code
+        if code not in _own_code:
+            if not code.co_filename.startswith(_OWN_FILES):
+                break
+            _own_code.add(code)
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

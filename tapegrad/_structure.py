@@ -59,6 +59,8 @@ def flatten(structure: Any) -> list[Any]:
     if not is_container(structure):
         return [structure]
     kind = type(structure)
+    if (kind is list or kind is tuple) and not any(map(is_container, structure)):
+        return list(structure)
     children = structure if kind is list or kind is tuple else [c for _, c in _items(structure)]
     leaves: list[Any] = []
     for child in children:
@@ -81,6 +83,9 @@ def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
 
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
     """Return the structure with its leaves replaced, in order, by `leaves`."""
+    kind = type(structure)
+    if (kind is list or kind is tuple) and not any(map(is_container, structure)):
+        return kind(leaves)  # most structures are plain lists
     replacement = iter(leaves)
     return map_structure(lambda _: next(replacement), structure)
 

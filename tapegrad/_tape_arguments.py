@@ -31,6 +31,8 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
 
 def check_unconnected(value: Any) -> UnconnectedGradients:
     """Return the member that a name stands for."""
+    if type(value) is UnconnectedGradients:
+        return value
     try:
         return UnconnectedGradients(value)
     except ValueError:

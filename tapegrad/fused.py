@@ -184,6 +184,27 @@ def _shifted(xp: Module, logits: Array) -> tuple[Array, Array, Array]:
     return shifted, exponentials, xp.sum(exponentials, axis=1, keepdims=True)
 
 
+def _plain_label_loss(
+    logits: Array, labels: Array, with_grad: bool
+) -> tuple[Array, Array | None] | None:
+    """Do what `_label_loss` does for labels alone, where no row is special; else return None."""
+    classes = logits.shape[1]
+    shifted = logits - np.maximum.reduce(logits, 1, keepdims=True)
+    p = np.exp(shifted)
+    total = np.add.reduce(p, 1, keepdims=True)
+    # A label that is out of range, a row with a NaN or of -inf alone: as the long way says.
+    out_of_range = labels.min() < 0 or labels.max() >= classes
+    if out_of_range or np.isnan(total).any():
+        return None
+    chosen = np.arange(len(labels)), labels
+    loss = np.log(total)[:, 0] - shifted[chosen]
+    if not with_grad:
+        return loss, None
+    p /= total
+    p[chosen] -= p.dtype.type(1)
+    return loss, p
+
+
 def _label_loss(
     xp: Module,
     logits: Array,
@@ -194,6 +215,10 @@ def _label_loss(
     with_grad: bool,
 ) -> tuple[Array, Array | None]:
     n, classes = logits.shape
+    if xp is np and not label_smoothing and ignore_label is None and n:
+        answer = _plain_label_loss(logits, labels, with_grad)
+        if answer is not None:
+            return answer
     used = xp.ones(n, bool) if ignore_label is None else labels != ignore_label
     known = (labels >= 0) & (labels < classes)
     if xp is np and not (known | ~used).all():

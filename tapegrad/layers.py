@@ -127,10 +127,15 @@ def _snake_case(name: str) -> str:
     return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
 
 
+# What most attributes are: a training step asks for its variables, and need not look at these.
+_PLAIN = frozenset((bool, int, float, str, type(None), type(_snake_case)))
+
+
 def _children(owner: Any) -> Iterator[tuple[str, Any]]:
     """Yield (path, child) for the Variables and Layers in an object's attributes."""
     for name, value in vars(owner).items():
-        yield from _found(name, value)
+        if type(value) not in _PLAIN:
+            yield from _found(name, value)
 
 
 def _found(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -106,7 +106,16 @@ class Primitive:
         values: Sequence[Any] = inputs
         if not tensors:
             values, arrays = self._convert(inputs)
-        return self._finish(self.compute(arrays, params), values, params)
+        if not _backend.numpy_alone:
+            return self._finish(self.compute(arrays, params), values, params)
+        # What compute does, without its call and its questions: 0.4 us of 2.
+        try:
+            y = self.forward(np, *arrays, **params)
+        except (ValueError, TypeError, IndexError) as error:
+            raise self._explained(error, arrays) from error
+        except MemoryError as error:
+            raise _backend.out_of_memory(error, self.name) from None
+        return self._finish(y, values, params)
 
     def compute(self, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
         """Return what a call gives for these arrays, by the kernel or the meaning; no recording."""

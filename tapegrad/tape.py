@@ -764,7 +764,7 @@ def _accumulate(gradients: dict[int, Tensor], x: Any, g: Tensor | None) -> None:
 
 def _current(x: Operand) -> Tensor:
     """Return an operand's value now, without any tape taking it for a use."""
-    if not isinstance(x, Variable):
+    if not isinstance(x, Variable) or not state.recorders:
         return x._read()
     with no_record():
         return x._read()
