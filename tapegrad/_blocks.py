@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 # Elements: five float32 arrays of a block then take 320 kB, which second-level caches hold.
 BLOCK = 1 << 14
@@ -60,13 +61,29 @@ def for_rows(rows: int, block: int, size: int, work: Callable[[slice, int], None
         return
     share = max(1, -(-rows // count // block)) * block
     starts = range(0, rows, share)
-    # list() waits for all of them and raises what one of them raised
-    list(
-        _threads().map(
-            lambda i: _lane(work, block, i, starts[i], min(starts[i] + share, rows)),
-            range(len(starts)),
+    # Each lane in a copy of this thread's context: NumPy keeps there what it warns of.
+    lane = [
+        _threads().submit(
+            contextvars.copy_context().run, _lane, work, block, i, s, min(s + share, rows)
         )
-    )
+        for i, s in enumerate(starts)
+    ]
+    _wait(lane)
+
+
+def _wait(lanes: list[Future[None]]) -> None:
+    """Wait for all lanes, Ctrl-C or not: they write to memory that is used again; then raise."""
+    problem: BaseException | None = None
+    for lane in lanes:
+        while not lane.done():
+            try:
+                lane.exception()
+            except BaseException as interrupt:  # of this thread, not of the lane
+                problem = interrupt
+    for lane in lanes:
+        problem = problem or lane.exception()
+    if problem is not None:
+        raise problem
 
 
 def _lane(work: Callable[[slice, int], None], block: int, lane: int, start: int, end: int) -> None:

@@ -6,9 +6,9 @@ rewrites    the same values by fewer or better steps.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
-function    signatures, programs, when to record and when to replay.
+dispatch    signatures, programs, when to record and when to replay.
 """
 
-from tapegrad._function.function import Function, function
+from tapegrad._function.dispatch import Function, function
 
 __all__ = ["Function", "function"]

@@ -13,7 +13,7 @@ from tapegrad.errors import FunctionError
 from tapegrad.tensor import Operand
 
 if TYPE_CHECKING:
-    from tapegrad._function.function import Function
+    from tapegrad._function.dispatch import Function
 
 
 def check(function: Function, args: Any, kwargs: Any) -> None:

@@ -1,0 +1,132 @@
+"""What is done for large arrays only (blocks, threads, memory used again), tried on small ones."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import numpy as np
+import pytest
+
+import tapegrad as tg
+from tapegrad import _blocks, _flat_update
+from tapegrad._function import blocks, lowering, numpy_calls
+from tests.cases import CASES
+from tests.function import test_operations
+from tests.function.compiled import assert_same, rewritten
+from tests.function.programs import LOSSES
+from tests.function.test_random_programs import compare
+
+
+@pytest.fixture(params=["blocks", "blocks over threads"])
+def everything_is_large(request, monkeypatch):
+    for module in (blocks, _blocks, _flat_update, numpy_calls):
+        monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "_LARGE", 1)
+    monkeypatch.setattr(lowering, "_RECYCLED", 1)
+    monkeypatch.setattr(numpy_calls, "_BY_ROWS", 1)
+    if request.param == "blocks over threads":
+        monkeypatch.setattr(_blocks, "_THREADS_FROM", 16)
+        monkeypatch.setattr(_blocks, "_THREADS", 3)
+        monkeypatch.setattr(_blocks, "_pool", None)
+    yield
+    if request.param == "blocks over threads" and _blocks._pool is not None:
+        _blocks._pool.shutdown()
+
+
+@pytest.mark.parametrize("seed", range(500, 525))
+def test_random_programs(seed, everything_is_large):
+    with rewritten(False):
+        compare(seed, 8, None)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_special_rows(kind, everything_is_large):
+    test_operations.test_special_rows(kind)
+
+
+ELEMENTWISE = [
+    case
+    for case in CASES
+    if case.name
+    in ("add", "multiply", "where", "clip", "tanh", "erf", "nn.gelu", "nn.elu", "power")
+    or case.name.startswith(("nn.softmax", "maximum", "divide"))
+]
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=[case.name for case in ELEMENTWISE])
+def test_rows_of_the_table(case, everything_is_large):
+    test_operations.test_the_row_compiled(case)
+
+
+def test_results_in_memory_that_nobody_holds_any_more(everything_is_large):
+    def plain(x):
+        y = x * 2.0
+        return y, tg.exp(x), y[1:], tg.sum(x, axis=0)
+
+    f = tg.function(plain)
+    held = []
+    rng = np.random.default_rng(0)
+    for k in range(60):
+        x = tg.constant(rng.normal(size=(5, 3)))
+        result = f(x)
+        how = k % 6
+        if how == 0:
+            held.append((result, plain(x)))
+        elif how == 1:
+            held.append((result[0].array, plain(x)[0].array))
+        elif how == 2:
+            held.append((result[0][2], plain(x)[0][2]))
+        elif how == 3:
+            held.append((np.asarray(result[1])[::2], plain(x)[1].numpy()[::2]))
+        elif how == 4:
+            held.append((tg.transpose(result[0]), tg.transpose(plain(x)[0])))
+        else:
+            held.append((memoryview(np.asarray(result[1])), np.asarray(plain(x)[1])))
+        del result
+        if k % 7 == 0:
+            gc.collect()
+        for got, want in held:
+            if isinstance(got, memoryview):
+                np.testing.assert_array_equal(np.asarray(got), want)
+            else:
+                assert_same(got, want)
+        if k % 10 == 9:
+            held.clear()
+
+
+def test_results_that_go_into_variables_tapes_and_calls(everything_is_large):
+    f = tg.function(lambda x: x * 2.0)
+    v = tg.Variable(np.zeros((4, 4)))
+    for k in range(8):
+        x = tg.constant(np.full((4, 4), float(k)))
+        v.assign(f(x))
+        with tg.GradientTape() as tape:
+            y = f(x)
+            z = tg.sum(y * v)
+        again = f(f(f(x)))
+        np.testing.assert_array_equal(v, x * 2.0)
+        np.testing.assert_array_equal(again, x * 8.0)
+        np.testing.assert_array_equal(tape.gradient(z, v), x * 2.0)
+
+
+def test_no_warning_of_numpy_on_other_threads(everything_is_large):
+    f = tg.function(lambda x: tg.log(x * 0.0) + tg.exp(x * 1e6) - 1.0 / (x - x))
+    x = tg.ones((64, 4))
+    with np.errstate(all="ignore"):
+        want = f(x)
+        f(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(f(x), want)
+
+
+def test_an_error_in_a_block_is_raised(everything_is_large):
+    f = tg.function(lambda x, t: tg.nn.softmax_cross_entropy(x, t))
+    x = tg.ones((64, 4))
+    labels = np.arange(64) % 4
+    for _ in range(3):
+        f(x, tg.constant(labels))
+    labels[50] = 9
+    with pytest.raises(ValueError, match="labels must be from 0 to 3, got 9"):
+        f(x, tg.constant(labels))

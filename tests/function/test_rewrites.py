@@ -1,0 +1,165 @@
+"""The rewrites of programs: what they leave out, and that values stay, switched on and off."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+import tapegrad as tg
+from tests.function.compiled import assert_same, rewritten
+
+X = tg.constant([0.5, 1.5, 2.5])
+
+
+def text_of(function, *args):
+    """Compile with two calls, check the third against the eager one, return the program's text."""
+    f = tg.function(function)
+    for _ in range(2):
+        f(*args)
+    assert_same(f(*args), function(*args))
+    return f.explain_program()
+
+
+def calls(text, name):
+    return len(re.findall(rf"\b{name}\(", text))
+
+
+def test_nothing_is_computed_in_vain():
+    def f(x):
+        tg.exp(x)
+        tg.sum(tg.sin(x))
+        return x * 2.0
+
+    text = text_of(f, X)
+    assert calls(text, "exp") == calls(text, "sin") == 0
+
+
+def test_nothing_is_computed_twice():
+    text = text_of(lambda x: (tg.exp(x) + tg.exp(x), tg.sin(tg.exp(x)), tg.exp(x * 1.0)), X)
+    assert calls(text, "exp") == 2
+
+
+def test_numbers_that_are_equal_and_not_the_same_are_kept_apart():
+    with np.errstate(all="ignore"):
+        text_of(lambda x: (x / 0.0, x / -0.0), X)
+        text_of(lambda x: (tg.astype(x, "int64") * 1, tg.astype(x, "int64") * 1.0), X)
+        text_of(lambda x: (tg.pad(x, 1, value=0.0), 1.0 / tg.pad(x, 1, value=-0.0)), X)
+        text_of(lambda x: (x + 1, x + 1.0, x * True), X)
+        text_of(lambda x: (tg.sum(x, axis=0), tg.sum(x[None], axis=1)), X)
+
+
+def test_reads_of_two_versions_are_kept_apart():
+    v = tg.Variable([1.0, 2.0, 3.0])
+
+    def f(x):
+        a = tg.exp(v) * x
+        v.assign_add(x)
+        b = tg.exp(v) * x
+        return a, b, tg.exp(v)
+
+    compiled = tg.function(f)
+    got = [compiled(X) for _ in range(4)]
+    v.assign([1.0, 2.0, 3.0])
+    assert_same(got, [f(X) for _ in range(4)])
+    assert calls(compiled.explain_program(), "exp") == 2
+
+
+def test_draws_are_kept_apart():
+    f = tg.function(lambda: (tg.random.normal((3,)), tg.random.normal((3,))))
+    for _ in range(4):
+        a, b = f()
+        assert not np.array_equal(a, b)
+
+
+def test_constants_are_folded():
+    c = tg.constant([1.0, 2.0, 3.0])
+    text = text_of(lambda x: x * tg.exp(tg.sin(c) + 1.0) + tg.ones_like(x), X)
+    assert calls(text, "exp") == calls(text, "sin") == 0
+
+
+def test_constants_of_variables_are_not_folded():
+    v = tg.Variable([1.0, 2.0, 3.0])
+    f = tg.function(lambda x: x * tg.exp(v))
+    for k in range(5):
+        v.assign([1.0, 2.0, float(k)])
+        assert_same(f(X), X * tg.exp(v))
+
+
+def test_writes_come_last():
+    v = tg.Variable([1.0, 2.0, 3.0])
+
+    def f(x):
+        before = tg.cos(v) * 0.0  # of the version before
+        v.assign_add(x)
+        return tg.exp(x), tg.sin(x), before
+
+    text = text_of(f, X)
+    lines = text.splitlines()
+    first_write = next(i for i, line in enumerate(lines) if "try:" in line)
+    for name in ("exp", "sin", "cos"):
+        assert calls("\n".join(lines[:first_write]), name) == 1
+
+
+def test_the_first_layer_has_no_input_gradient():
+    w, u = (tg.Variable(np.random.default_rng(k).normal(size=(3, 3))) for k in range(2))
+
+    def f(x):
+        with tg.GradientTape() as tape:
+            y = tg.sum(tg.tanh(x @ w) @ u)
+        return tape.gradient(y, [w, u])
+
+    with rewritten(False):
+        text = text_of(f, tg.ones((4, 3), dtype="f8"))
+    # x @ w, its gradient's two factors and the gradient of w; those of the sum are sums
+    assert calls(text, "dot") + calls(text, "matmul") <= 5
+
+
+# ---- rewrites that change the order of sums, on and off, over one step and several
+
+WIDTHS = [(1, 1), (3, 2), (64, 32, 32, 10), (7, 1, 5), (20, 30, 40, 3), (5, 300, 4)]
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("batch", [1, 2, 32, 100])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_networks_switched_on_and_off(widths, batch, dtype):
+    def network():
+        rng = np.random.default_rng(0)
+        variables = []
+        for n, m in itertools.pairwise(widths):
+            variables.append(tg.Variable((rng.normal(size=(n, m)) / np.sqrt(n)).astype(dtype)))
+            variables.append(tg.Variable(rng.normal(size=m).astype(dtype)))
+        optimizer = tg.optimizers.SGD(0.1)
+
+        def step(x, labels):
+            with tg.GradientTape() as tape:
+                for w, b in zip(variables[:-2:2], variables[1:-2:2], strict=True):
+                    x = tg.nn.linear_relu(x, w, b)
+                y = tg.nn.linear(x, *variables[-2:])
+                loss = tg.nn.softmax_cross_entropy(y, labels)
+            gradients = tape.gradient(loss, variables)
+            optimizer.apply(gradients, variables)
+            return loss, y
+
+        return step, variables
+
+    rng = np.random.default_rng(1)
+    batches = [
+        (
+            tg.constant(rng.normal(size=(batch, widths[0])).astype(dtype)),
+            tg.constant(rng.integers(0, widths[-1], batch)),
+        )
+        for _ in range(6)
+    ]
+    runs = []
+    for switch in (None, False, True):
+        step, variables = network()
+        call = step if switch is None else tg.function(step)
+        with rewritten(bool(switch)):
+            results = [[y.numpy() for y in call(*arguments)] for arguments in batches]
+        runs.append((results, [v.numpy() for v in variables]))
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0], 1e-5 if dtype == "f4" else 1e-13)
