@@ -21,11 +21,18 @@ add: Primitive = primitive(
 )
 
 
+def by_product(xp: Module, x: Any) -> bool:
+    """Tell whether rows are summed, a bias's gradient, by a product with ones.
+
+    It takes half the time that the sum takes; making the ones costs more on small arrays.
+    """
+    return xp is np and x.ndim == 2 and x.dtype.char in "fd" and x.size >= 1 << 14
+
+
 def _sum_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
     lead = x.ndim - len(shape)
     stretched = [i for i, length in enumerate(x.shape) if i < lead or shape[i - lead] != length]
-    if stretched == [0] and x.ndim == 2 and xp is np and x.dtype.char in "fd":
-        # The gradient of a bias: a product with ones is twice as fast as the sum over rows.
+    if stretched == [0] and by_product(xp, x):
         return np.dot(np.ones(x.shape[0], x.dtype), x).reshape(shape)
     return x.sum(axis=tuple(stretched), dtype=x.dtype).reshape(shape)
 
@@ -36,9 +43,18 @@ sum_to: Primitive = primitive(
     lambda g, _y, _x, *, shape: broadcast_to(g, shape=_x.shape),
 )
 
+
+def _broadcast_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
+    if xp is np and x.ndim == 0:  # what NumPy's function does in 5 us, in 0.6
+        y = np.ndarray(shape, x.dtype, np.asarray(x), 0, (0,) * len(shape))
+        y.flags.writeable = False
+        return y
+    return xp.broadcast_to(x, shape)
+
+
 broadcast_to: Primitive = primitive(
     "broadcast_to",
-    lambda xp, x, *, shape: xp.broadcast_to(x, shape),
+    _broadcast_to,
     lambda g, _y, _x, *, shape: g,
 )
 

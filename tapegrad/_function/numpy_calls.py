@@ -21,6 +21,8 @@ from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers
 from tapegrad._function.program import Step, Value
 from tapegrad._index import SLOT
+from tapegrad.linear import by_product
+from tapegrad.tape import Spec
 
 # ---- elementwise
 
@@ -583,7 +585,7 @@ def _sum_to(b: Lowering, step: Step) -> bool:
         b.set(y, b.destinations[y])
         return True
     place = b.of(x)
-    if stretched == (0,) and len(x.shape) == 2 and x.dtype.char in "fd":
+    if stretched == (0,) and len(x.shape) == 2:
         return _sum_rows(b, step, place, 0)
     keep = tuple(1 if i in stretched else n for i, n in enumerate(x.shape))
     out = b.out(step)
@@ -592,7 +594,11 @@ def _sum_to(b: Lowering, step: Step) -> bool:
 
 
 def _sum_rows(b: Lowering, step: Step, x: Place, position: int) -> bool:
-    """Sum a matrix over its rows as the meaning of sum_to does: a product with ones."""
+    """Sum a matrix over its rows as the meaning of sum_to does."""
+    if not by_product(np, Spec(0, x.shape, x.dtype)):
+        out = b.out(step, position=position)
+        b.line("add_reduce({}, 0, {}, {}.reshape({}))", x, x.dtype, out, x.shape[1:])
+        return True
     ones = Place("static", x.shape[:1], x.dtype, array=np.ones(x.shape[0], x.dtype))
     y = step.outputs[position]
     out = b.out(step, position=position)
