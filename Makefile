@@ -13,7 +13,7 @@ help:
 	@echo "make train        train on handwritten digits; results in runs/digits"
 	@echo "make test         run all tests that need no GPU"
 	@echo "make test-gpu     run the tests on a GPU (CUDA=12 for CUDA 12)"
-	@echo "make bench        run the benchmarks"
+	@echo "make bench        run the benchmarks (SUITES='steps ops' PEERS=torch,jax for a part, with peers)"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel-check  build the wheel, install it elsewhere, use it there"
 
@@ -45,7 +45,7 @@ test-gpu: $(TESTS_READY)
 	TAPEGRAD_BACKEND=cupy $(RUN) -m pytest tests/gpu
 
 bench: $(TESTS_READY)
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks $(SUITES) $(if $(PEERS),--peers $(PEERS))
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

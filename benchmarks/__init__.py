@@ -1,0 +1,1 @@
+"""What tapegrad costs, beside what one would use instead: `python -m benchmarks`."""

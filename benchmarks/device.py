@@ -1,0 +1,61 @@
+"""The clock on the GPU: the one place where events are recorded and read."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class DeviceClock(Protocol):
+    """Marks two moments in the GPU's own queue; reading them waits for the second."""
+
+    def start(self) -> None:
+        """Mark the beginning."""
+
+    def stop(self) -> None:
+        """Mark the end."""
+
+    def seconds(self) -> float:
+        """Return the time between the marks."""
+
+
+class _CuPyClock:
+    def __init__(self) -> None:
+        import cupy
+
+        self._cuda = cupy.cuda
+        self._first, self._last = cupy.cuda.Event(), cupy.cuda.Event()
+
+    def start(self) -> None:
+        self._first.record()
+
+    def stop(self) -> None:
+        self._last.record()
+
+    def seconds(self) -> float:
+        self._last.synchronize()
+        return float(self._cuda.get_elapsed_time(self._first, self._last)) / 1e3
+
+
+class _TorchClock:
+    def __init__(self) -> None:
+        import torch
+
+        self._first: Any = torch.cuda.Event(enable_timing=True)
+        self._last: Any = torch.cuda.Event(enable_timing=True)
+
+    def start(self) -> None:
+        self._first.record()
+
+    def stop(self) -> None:
+        self._last.record()
+
+    def seconds(self) -> float:
+        self._last.synchronize()
+        return float(self._first.elapsed_time(self._last)) / 1e3
+
+
+def device_clock(library: str | None) -> DeviceClock | None:
+    """Return a clock that reads events through "cupy" or "torch"; None for None."""
+    if library is None:
+        return None
+    return _CuPyClock() if library == "cupy" else _TorchClock()
