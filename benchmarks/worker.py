@@ -148,7 +148,12 @@ class Worker:
             f"import time{first}; start = time.perf_counter(); import {module}; "
             "print(time.perf_counter() - start)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        # Twice: an installed package has its bytecode, a fresh checkout writes it the first time.
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+            )
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         return {"wall": float(done.stdout.split()[-1])}

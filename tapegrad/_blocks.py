@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-# Elements: five float32 arrays of a block then take 320 kB, which second-level caches hold.
-BLOCK = 1 << 14
+# Elements. Smaller blocks stay nearer to the cores, but Python's lock is taken between all calls:
+# Adam over 5.8 M parameters on two threads takes twice as long in blocks of 1 << 14.
+BLOCK = 1 << 16
 # From here on two threads beat one; below, handing work over costs more than it saves.
 _THREADS_FROM = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
