@@ -174,8 +174,7 @@ class Replay:
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        rewrite = rewrites.ENABLED and self._program.on_host
-        layout = Layout(self._program if rewrite else None, self._first_write)
+        layout = Layout(self._program if rewrites.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
         self._placements, self._memory_of = placements, memory_of
 
@@ -303,8 +302,7 @@ def _result(lowered: Lowering, x: Any) -> tuple[str, Any]:
     place = lowered.of(x)
     if place.kind == "local" and not place.holds:
         return "tensor({})", place
-    scalar = not x.shape and lowered.program.on_host
-    return ("tensor({}[()])" if scalar else "tensor({}.copy())"), place
+    return ("tensor({}.copy())" if x.shape else "tensor({}[()])"), place
 
 
 class _Text:
