@@ -52,6 +52,7 @@ class DeviceReplay(Replay):
         self._used = [x in used for x in program.inputs]
         self._workplace: Workplace | None = None
         self._graph: Graph | None = None
+        self._loop: _Loop | None = None
         self.arena = 0
         self.text = _listing(program, self._schedule)
 
@@ -92,6 +93,69 @@ class DeviceReplay(Replay):
             return self._warm_up(arrays)
         results = Launches(self._schedule, arrays).run(self._given_out, self._around)
         return [a.copy() if _is_shared(a, arrays) else a for a in results]
+
+    def run_many(self, feed: Feed, first: int) -> list[Any] | None:
+        """Run the program on some batches of a feed by one launch.
+
+        first  the number of the first batch.
+
+        Returns the leaves of the result, tensors stacked with one entry a batch; None where the
+        program is not replayed as a graph.
+        """
+        with self._lock:
+            if self._placements != _storage.placements:
+                self._check_placements()
+            if self._why_plain is not None or not config.cuda_graphs:
+                return None
+            if self._loop is None or self._loop.feed is not feed:
+                self._loop = _Loop(feed, Workplace(_backend.module_named("cupy")))
+            stacks = self._stacks(self._loop, first)
+        if stacks is None:
+            return None
+        found = iter(stacks)
+        return [_tensor(next(found)) if type(x) is Value else x for x in self._program.outputs]
+
+    def _stacks(self, loop: _Loop, first: int) -> list[Array] | None:
+        feed, place = loop.feed, loop.place
+        xp = place.xp
+        values = list(self._program.output_values())
+        step: Step | None = None
+
+        def issue(inputs: Sequence[Array], around: Writes | None = None) -> list[Array]:
+            nonlocal step
+            order, position = inputs
+            places = xp.take(order, position + xp.arange(feed.count), axis=0)
+            stacks = [xp.empty((feed.count, *x.shape), x.dtype) for x in values]
+            for k in range(feed.count):
+                batch = [xp.take(x, places[k], axis=0) for x in feed.arrays]
+                launches = Launches(self._schedule, batch, place)
+                try:
+                    results = launches.run(values, around)
+                except Exception:
+                    step = launches.step
+                    raise
+                for stack, y in zip(stacks, results, strict=True):
+                    stack[k] = y
+            return stacks
+
+        if not loop.warm:
+            with place.turn():
+                position = xp.full((), first, np.int64)
+                results = place.launch(lambda: issue([feed.order, position], self._around))
+            loop.warm = True
+            return results
+        if loop.graph is None:
+            like = [feed.order, xp.empty((), np.int64)]
+            try:
+                loop.graph = Graph(place, issue, like, feed.arrays)
+            except Exception as error:
+                self._loop = None
+                self._stay_plain(f"{type(error).__name__}: {error}", step)
+                return None
+        order = None if loop.order is feed.order else feed.order
+        results = loop.graph.launch([order, first], self._around)
+        loop.order = feed.order
+        return results
 
     def _warm_up(self, arrays: Sequence[Array]) -> list[Array]:
         place = Workplace(_backend.module_named("cupy"))
@@ -156,7 +220,36 @@ class DeviceReplay(Replay):
         else:
             size = f"{self.arena / 2**10:.1f} KiB of its own memory"
             how = f"a CUDA graph of {steps} steps{beside}; {size}"
+        if self._loop is not None and self._loop.graph is not None:
+            size = f"{self._loop.graph.nbytes / 2**10:.1f} KiB"
+            how += f"; another of {self._loop.feed.count} batches, {size}"
         return f"# {self._name}: {how}\n{self.text}"
+
+
+class Feed:
+    """Arrays on a device of which a program is given batches, several a launch.
+
+    arrays  the program's inputs with all their rows.
+    order   the rows of each batch, (batches, batch size); a new array where it changes.
+    count   batches a launch.
+    """
+
+    def __init__(self, arrays: Sequence[Array], order: Array, count: int) -> None:
+        # What lies in a Variable may be written by the program.
+        self.arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
+        self.order = order
+        self.count = count
+
+
+class _Loop:
+    """A graph of several steps on the batches of a feed, or what becomes one."""
+
+    def __init__(self, feed: Feed, place: Workplace) -> None:
+        self.feed = feed
+        self.place = place
+        self.warm = False
+        self.graph: Graph | None = None
+        self.order: Array | None = None  # what the graph was given last
 
 
 class Launches:

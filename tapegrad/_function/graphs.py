@@ -78,10 +78,19 @@ class Workplace:
 class Graph:
     """Launches that were captured, the memory that they work in, and what they read.
 
-    Takes a workplace in which the program has run: the graph takes it over.
+    workplace  in which the program has run; the graph takes it over.
+    inputs     arrays like those that calls will give; None for one that the program does not use.
+    kept       other arrays that the program reads.
     """
 
-    def __init__(self, workplace: Workplace, issue: Issue, inputs: Sequence[Array | None]) -> None:
+    def __init__(
+        self,
+        workplace: Workplace,
+        issue: Issue,
+        inputs: Sequence[Array | None],
+        kept: Sequence[Array] = (),
+    ) -> None:
+        self._kept = list(kept)
         self._workplace = workplace
         xp = workplace.xp
         with _without_collection():
@@ -94,15 +103,20 @@ class Graph:
         """The memory that the graph has of its own."""
         return int(self._workplace.pool.total_bytes())
 
-    def launch(self, arrays: Sequence[Array], around: Writes) -> list[Array]:
+    def launch(self, arrays: Sequence[Array | int | None], around: Writes) -> list[Array]:
         """Replay the launches on the caller's stream; return copies of the results.
 
+        arrays  the inputs; a Python number fills one, and None leaves it as it was.
         around  what surrounds a write to Variables: the launch is one.
         """
         xp = self._workplace.xp
         with self._workplace.turn() as stream:
             for mine, given in zip(self._inputs, arrays, strict=True):
-                if mine is not None:
+                if mine is None or given is None:
+                    continue
+                if type(given) is int:
+                    mine.fill(given)
+                else:
                     xp.copyto(mine, given)
             around.begin()
             try:

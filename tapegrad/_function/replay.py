@@ -206,6 +206,11 @@ class Replay:
             _, _, self._careful = self._lower(Layout(None))
         return self._careful(*arrays)
 
+    @property
+    def structure(self) -> Any:
+        """The structure of the result, with something in place of its leaves."""
+        return self._program.structure
+
     def explain(self) -> str:
         """Return the text that runs, with the size of its memory."""
         return f"# {self._name}: {self.arena / 2**10:.1f} KiB of its own memory\n{self.text}"

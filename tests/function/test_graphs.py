@@ -702,3 +702,135 @@ def test_what_the_second_branch_holds_is_bounded(monkeypatch: pytest.MonkeyPatch
     assert grows <= 12 * (activations + 2 * weights)  # w's static copy, its gradient
     monkeypatch.setattr(schedule, "_UNFINISHED", 1000)
     assert size(24) - size(12) >= grows + 8 * activations
+
+
+# ---- several steps a launch
+
+
+def run_steps(per_call: int, epochs: int = 5, graph: bool = True, rows: int = 40) -> Any:
+    tg.config.cuda_graphs = graph
+    try:
+        trainer = Trainer()
+        rng = np.random.default_rng(1)
+        data = rng.normal(size=(rows, 5)).astype("f4"), rng.integers(0, 3, rows)
+        steps = tg.data.Steps(
+            trainer.step, tg.data.Batches(data, 4, shuffle=True, seed=7), per_call
+        )
+        results = [result for _ in range(epochs) for result in steps]
+        return results, trainer.state(), steps
+    finally:
+        tg.config.cuda_graphs = True
+
+
+@pytest.mark.parametrize(("rows", "per_call"), [(40, 5), (40, 10), (43, 4), (41, 20)])
+def test_several_steps_a_launch(rows: int, per_call: int) -> None:
+    *got, steps = run_steps(per_call, rows=rows)
+    plain = run_steps(per_call, rows=rows, graph=False)
+    assert_same([got[0], [x.numpy() for x in got[1]]], [plain[0], [x.numpy() for x in plain[1]]])
+    loss = got[0][0].loss
+    assert loss.shape == (min(per_call, rows // 4),)
+    text = steps._step.explain_program()
+    assert (f"; another of {per_call} batches, " in text) == (per_call < 20)
+
+
+def test_a_call_of_several_steps_is_one_launch() -> None:
+    reads: list[int] = []
+    made: list[int] = []
+    *_, steps = run_steps(5)
+    for _ in range(3):
+        reads.append(gpu.host_reads)
+        made.append(gpu.launched_graphs)
+        for _ in steps:
+            pass
+    assert np.diff(reads).tolist() == [0, 0]
+    assert np.diff(made).tolist() == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be replayed as a CUDA graph")
+def test_steps_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
+    v = tg.Variable(0.0)
+
+    def step(x: Any) -> Any:
+        tg.print(tg.sum(x))
+        v.assign_add(tg.sum(x))
+        return v + 0.0
+
+    steps = tg.data.Steps(step, tg.data.Batches(np.arange(12.0, dtype="f4"), 2), 3)
+    totals = np.cumsum(np.arange(12).reshape(6, 2).sum(1))
+    for epoch in range(3):
+        got = np.concatenate([x.numpy() for x in steps])
+        np.testing.assert_array_equal(got, totals + epoch * 66)
+    assert len(capsys.readouterr().out.split()) == 18
+
+
+def test_steps_read_what_variables_hold_then() -> None:
+    """Variables that move between two calls, and one that is the data itself."""
+    v, data = tg.Variable([1.0, 1.0]), tg.Variable(np.arange(16.0, dtype="f4").reshape(8, 2))
+    values = data.numpy()
+
+    def step(x: Any) -> Any:
+        v.assign_add(tg.sum(x, axis=0))
+        data.assign(data * 2.0)
+        return v + 0.0, x, tg.constant([3.0])
+
+    steps = tg.data.Steps(step, tg.data.Batches(data, 2), 2)
+    total = np.ones(2)
+    for epoch in range(6):
+        if epoch == 4:
+            tg.optimizers.SGD(0.0).apply([tg.ones(2)], [v])
+        results = list(steps)
+        for k, (sums, x, three) in enumerate(results):
+            rows = values[4 * k : 4 * k + 4].reshape(2, 2, 2)
+            np.testing.assert_array_equal(x.numpy(), rows)
+            for j in range(2):
+                total = total + rows[j].sum(0)
+                np.testing.assert_array_equal(sums.numpy()[j], total)
+            np.testing.assert_array_equal(three.numpy(), [[3.0], [3.0]])
+    assert "another of 2 batches" in steps._step.explain_program()
+
+
+def test_two_feeds_of_one_function() -> None:
+    f = tg.function(lambda x: tg.sum(x))
+    all_steps = [
+        tg.data.Steps(f, tg.data.Batches(np.arange(8.0, dtype="f4") + 10 * k, 2), 2)
+        for k in range(2)
+    ]
+    for _ in range(5):
+        for k, steps in enumerate(all_steps):
+            sums = np.concatenate([x.numpy() for x in steps])
+            np.testing.assert_array_equal(sums, np.array([1, 5, 9, 13]) + 20 * k)
+
+
+def test_data_that_a_graph_does_not_keep_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = graphs.Graph.__init__
+    monkeypatch.setattr(
+        graphs.Graph,
+        "__init__",
+        lambda self, place, issue, inputs, kept=(): make(self, place, issue, inputs),
+    )
+    *_, steps = run_steps(5)
+    (program,) = steps._step.programs
+    feed = program._loop.feed
+    feed.arrays, steps._batches._arrays = [], None
+    with pytest.raises(CudaError, match="touches memory that was given back"):
+        program.run_many(feed, 0)
+
+
+def test_fit_takes_several_steps_a_launch() -> None:
+    found = []
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(50, 5)).astype("f4"), rng.integers(0, 3, 50)
+    for many in (1, 4):
+        tg.random.seed(5)
+        model = tg.Sequential(
+            [tg.layers.Dense(8, "relu"), tg.layers.Dropout(0.25), tg.layers.Dense(3)]
+        )
+        loss = tg.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss, ["accuracy"], steps_per_execution=many)
+        before = gpu.launched_graphs
+        history = model.fit(x, y, batch_size=4, epochs=4, seed=2)
+        found.append((history.history, model.get_weights()))
+        # 12 whole batches an epoch, 3 recorded and 1 launched; of calls of 4 the first is so, and
+        # the second launched. The batches of 2 rows are launched as a graph from the fourth.
+        assert gpu.launched_graphs - before == {1: 45, 4: 11}[many]
+    assert_same(found[0], found[1])
