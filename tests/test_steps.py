@@ -135,6 +135,14 @@ def test_a_tape_around_it_hears_every_step() -> None:
         np.testing.assert_allclose(tape.gradient(total, w).numpy(), X[:8].sum(), 1e-4)
 
 
+def test_two_iterations_at_once_do_not_mix() -> None:
+    steps = Steps(lambda x: x * 1.0, Batches(np.arange(12), 3, shuffle=True, seed=2), 2)
+    alone = Steps(lambda x: x * 1.0, Batches(np.arange(12), 3, shuffle=True, seed=2), 2)
+    want = [[x.tolist() for x in alone] for _ in range(2)]
+    for a, b, c, d in zip(steps, steps, *want, strict=True):
+        assert (a.tolist(), b.tolist()) == (c, d)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Steps needs a tapegrad.data.Batches, got a list: "):
         Steps(lambda x: x, [1, 2])  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,25 +75,29 @@ class Steps:
         """Take the steps of one epoch, and yield each call's number of steps and its results."""
         batches = self._batches
         order = batches._order()
-        if self._feed is not None and order is not None:
-            self._feed.order = self._rows(order)
+        rows = functools.cache(functools.partial(self._rows, order))
         full = batches.rows // batches.batch_size
         for first in range(0, full, self.per_call):
             numbers = range(first, min(first + self.per_call, full))
-            yield len(numbers), self._call(order, numbers)
+            answer = None
+            if len(numbers) == self.per_call > 1 and not state.recorders:
+                answer = self._by_one_launch(order, rows, first)
+            yield len(numbers), self._one_by_one(order, numbers) if answer is None else answer[0]
         for last in range(full, len(batches)):
-            yield 1, self._call(order, range(last, last + 1))
+            yield 1, self._one_by_one(order, range(last, last + 1))
 
-    def _call(self, order: Tensor | None, numbers: range) -> Any:
-        whole = numbers.stop <= self._batches.rows // self._batches.batch_size
-        if whole and len(numbers) == self.per_call > 1 and not state.recorders:
-            answer = self._by_one_launch(order, numbers.start)
-            if answer is not None:
-                return answer[0]
-        return _stacked([self._step(*self._arguments(order, i)) for i in numbers])
+    def _one_by_one(self, order: Tensor | None, numbers: range) -> Any:
+        results = [self._step(*self._arguments(order, i)) for i in numbers]
+        leaves = [
+            stack(column) if isinstance(column[-1], Tensor) else column[-1]
+            for column in map(list, zip(*map(flatten, results), strict=True))
+        ]
+        return unflatten(results[-1], leaves)
 
-    def _by_one_launch(self, order: Tensor | None, first: int) -> Any:
-        """Return the results of a call, or None where it cannot be one launch."""
+    def _by_one_launch(
+        self, order: Tensor | None, rows: Callable[[], Any], first: int
+    ) -> list[Any] | None:
+        """Return the results of a call, in a list, or None where it cannot be one launch."""
         if self._like is None:
             self._like = self._arguments(order, first)
         compiled = self._step if isinstance(self._step, Function) else self._step._bound
@@ -101,7 +106,8 @@ class Steps:
             return None
         if self._feed is None:
             arrays = [x._array for x in flatten(self._batches._arrays)]
-            self._feed = Feed(arrays, self._rows(order), self.per_call)
+            self._feed = Feed(arrays, rows(), self.per_call)
+        self._feed.order = rows()
         leaves = replay.run_many(self._feed, first)
         return None if leaves is None else [unflatten(replay.structure, leaves)]
 
@@ -117,11 +123,3 @@ class Steps:
             rows = arange(full) if order is None else getitem(order, slice(0, full))
             like = flatten(self._batches._arrays)[0]
             return to_backend(reshape(rows, (-1, size)), like.backend)._array
-
-
-def _stacked(results: list[Any]) -> Any:
-    leaves = [
-        stack(column) if isinstance(column[-1], Tensor) else column[-1]
-        for column in map(list, zip(*map(flatten, results), strict=True))
-    ]
-    return unflatten(results[-1], leaves)

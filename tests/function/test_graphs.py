@@ -764,13 +764,12 @@ def test_steps_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_steps_read_what_variables_hold_then() -> None:
-    """Variables that move between two calls, and one that is the data itself."""
+    """Variables that move between two calls, and data that was read from one."""
     v, data = tg.Variable([1.0, 1.0]), tg.Variable(np.arange(16.0, dtype="f4").reshape(8, 2))
     values = data.numpy()
 
     def step(x: Any) -> Any:
         v.assign_add(tg.sum(x, axis=0))
-        data.assign(data * 2.0)
         return v + 0.0, x, tg.constant([3.0])
 
     steps = tg.data.Steps(step, tg.data.Batches(data, 2), 2)
@@ -778,6 +777,7 @@ def test_steps_read_what_variables_hold_then() -> None:
     for epoch in range(6):
         if epoch == 4:
             tg.optimizers.SGD(0.0).apply([tg.ones(2)], [v])
+            data.assign(values * 2.0)  # the batches are of the values that were read
         results = list(steps)
         for k, (sums, x, three) in enumerate(results):
             rows = values[4 * k : 4 * k + 4].reshape(2, 2, 2)
@@ -787,6 +787,15 @@ def test_steps_read_what_variables_hold_then() -> None:
                 np.testing.assert_array_equal(sums.numpy()[j], total)
             np.testing.assert_array_equal(three.numpy(), [[3.0], [3.0]])
     assert "another of 2 batches" in steps._step.explain_program()
+
+
+def test_two_epochs_at_once_do_not_mix() -> None:
+    batches = tg.data.Batches(np.arange(12.0, dtype="f4"), 2, shuffle=True, seed=2)
+    f = tg.function(lambda x: x * 1.0)
+    for steps in [tg.data.Steps(f, batches, 2)] * 3:
+        seen = [np.concatenate([a.numpy(), b.numpy()]) for a, b in zip(steps, steps, strict=True)]
+        for half in (slice(0, 2), slice(2, 4)):
+            assert sorted(np.concatenate([x[half] for x in seen]).reshape(-1)) == list(range(12))
 
 
 def test_two_feeds_of_one_function() -> None:
