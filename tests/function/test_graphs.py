@@ -674,6 +674,10 @@ IN_CAPTURE: dict[str, tuple[Any, str, Any, str]] = {
     "the branches do not meet": (
         device_module, "Schedule", Forgetful, "a stream that did not come back"
     ),
+    "an event is not kept": (
+        graphs.Workplace, "record",
+        lambda self, branch: self.streams[branch].record(), "an event was freed before the end",
+    ),
     "the collector runs": (
         graphs, "_without_collection", contextlib.nullcontext, "garbage collector may run"
     ),
