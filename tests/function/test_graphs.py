@@ -432,6 +432,11 @@ def looks_up(v: Any, x: Any) -> Any:
     return v * 2.0
 
 
+def joins_many(v: Any, x: Any) -> Any:
+    v.assign_add(tg.concat([x * k for k in range(9)])[:5])
+    return v * 2.0
+
+
 def refuses(v: Any, x: Any) -> Any:
     v.assign_add(tg.erf(x))
     return v * 2.0
@@ -457,6 +462,10 @@ def only_captured(message: str) -> Callable[..., Any]:
 PLAIN = {
     "a value goes to the host": (prints, "CudaError: the host waits for a stream.*print at"),
     "an index is checked": (looks_up, "CudaError: the host waits for a stream.*getitem at"),
+    "something is copied from the host": (
+        joins_many,
+        "CudaError: an array is copied from the host.*concat at",
+    ),
     "a library refuses": (refuses, r"NotImplementedError: no capture here \(erf at .*graphs.py:"),
     "NumPy takes part": (crosses, r"it computes with NumPy's arrays too \(transfer at"),
 }
@@ -486,7 +495,7 @@ def test_what_cannot_be_captured_is_launched(name: str, monkeypatch: pytest.Monk
     )
     assert re.search(cause, text)
     assert text.endswith("tg.config.cuda_graphs = False does so without this warning")
-    assert re.search("plain launches of . steps: " + cause, f.explain_program())
+    assert re.search("plain launches of .+ steps: " + cause, f.explain_program())
     assert graphs_alive() == 0
     g = tg.function(lambda x: x * 2.0)  # and others can be captured as before
     for _ in range(4):
