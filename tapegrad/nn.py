@@ -327,6 +327,11 @@ def softmax_cross_entropy(
     rows = x if x.ndim == 2 else _reshape(x, shape=(n, classes))
     if integers:
         flat = t if t.ndim == 1 else _reshape(t, shape=(n,))
+        plain = ignore_label is None and weights is None
+        if plain and n and reduction == "mean" and is_recording(rows):
+            return fused.mean_label_cross_entropy_with_grad(
+                rows, flat, label_smoothing=float(label_smoothing), ignore_label=None
+            )[0]
         losses, weight = _from_labels(rows, flat, label_smoothing, ignore_label, weights)
     else:
         if ignore_label is not None:

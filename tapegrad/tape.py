@@ -84,13 +84,14 @@ def _node(
     params: dict[str, Any],
     mask: int,
 ) -> Node:
-    keep, keep_output = primitive.saved_for(mask, len(inputs))
+    dropped, keep_output = primitive.saved_for(mask, len(inputs))
     saved = inputs
-    if False in keep:
-        saved = [
-            x if kept or type(x) is not Tensor else _spec(x)
-            for x, kept in zip(inputs, keep, strict=True)
-        ]
+    if dropped:
+        saved = list(inputs)
+        for i in dropped:
+            x = saved[i]
+            if type(x) is Tensor:
+                saved[i] = _spec(x)
     results = outputs if keep_output else tuple([_spec(y) for y in outputs])
     where = None if primitive.vjps or primitive.joint_vjp else user_location()
     return _make_tuple(Node, (primitive, tuple(saved), results, params, mask, where))
@@ -235,7 +236,7 @@ class GradientTape:
         """Note that a Variable was read."""
         if version.id in self._watched:
             return
-        if variable.id in self._asked or (self._watch_accessed and variable._trainable):
+        if (self._watch_accessed and variable._trainable) or variable.id in self._asked:
             self._watch_version(variable, version)
 
     def writing(self, variable: Variable) -> None:
@@ -244,11 +245,14 @@ class GradientTape:
     def _watch_version(self, variable: Variable, version: Tensor) -> None:
         if not is_floating(version._array.dtype):
             return
-        self._watch_id(version.id)
-        versions = self._versions.setdefault(variable.id, [])
-        if version.id not in versions:
-            versions.append(version.id)
-        self._variables[variable.id] = variable
+        key, name = version.id, variable.id
+        self._watch_id(key)
+        versions = self._versions.get(name)
+        if versions is None:
+            self._versions[name] = [key]
+            self._variables[name] = variable
+        elif key not in versions:
+            versions.append(key)
 
     def _watch_id(self, key: int) -> None:
         if key not in self._watched:
@@ -568,7 +572,8 @@ class GradientTape:
         for x in sources:
             if isinstance(x, Variable):
                 wanted.update(self._versions.get(x.id, ()))
-                wanted.add(_current(x).id)
+                if x._tensor is not None:  # the target itself, perhaps
+                    wanted.add(x._tensor.id)
             else:
                 wanted.add(x.id)
         return wanted
