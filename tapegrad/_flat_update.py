@@ -53,7 +53,6 @@ class FlatUpdate(Update):
         **params: Any,
     ) -> None:
         """Go through the arrays block by block; `scratch` is for each lane."""
-
         # On a GPU one launch for all, and on this thread: on another one another stream is current.
         if xp is not np or arrays[0].size <= BLOCK:
             self.rule(xp, *arrays, scratch[0], *numbers, **params)

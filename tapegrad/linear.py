@@ -39,7 +39,8 @@ def _sum_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
     if by_product(xp, x) and shape in (x.shape[1:], (1, x.shape[1])):
         rows = len(x)
         ones = _ones(rows, x.dtype) if rows <= 1 << 14 else np.ones(rows, x.dtype)
-        return np.dot(ones, x).reshape(shape)
+        y = ones.dot(x)  # np.dot goes through Python first
+        return y if y.shape == shape else y.reshape(shape)
     lead = x.ndim - len(shape)
     stretched = [i for i, length in enumerate(x.shape) if i < lead or shape[i - lead] != length]
     return x.sum(axis=tuple(stretched), dtype=x.dtype).reshape(shape)

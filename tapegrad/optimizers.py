@@ -17,7 +17,7 @@ from tapegrad._storage import Buffer
 from tapegrad._structure import flatten
 from tapegrad.errors import TapeWarning
 from tapegrad.kernels import optimizers as kernels
-from tapegrad.linear import fit, reshape
+from tapegrad.linear import cast, reshape
 from tapegrad.primitive import Update
 from tapegrad.tensor import Operand, Tensor
 from tapegrad.variable import Variable, assign_add, over_memory
@@ -309,6 +309,7 @@ class Optimizer:
 
     def __init__(self, name: str | None = None, **hyperparameters: float) -> None:
         self.name = name or type(self).__name__.lower()
+        # In the order in which the update takes them.
         self._hyperparameters: dict[str, Variable] = {}
         for key, value in hyperparameters.items():
             value = float(value)
@@ -360,13 +361,19 @@ class Optimizer:
         gradients, variables = self._checked(grads_and_vars)
         with no_record():
             # A program updates the same variables in every step: where they lie is found once.
-            key = [v.id if g is not None else -v.id for g, v in zip(gradients, variables, strict=True)]
+            key = [
+                v.id if g is not None else -v.id for g, v in zip(gradients, variables, strict=True)
+            ]
             if key != self._known_for:
                 self._known_runs, self._known_for = self._runs(gradients, variables), key
             assign_add(self._iterations, 1)
             for run, given in self._known_runs:
                 dtype = run.gradients._array.dtype
-                chosen = [fit(g, g.shape, dtype) for i in given if (g := gradients[i]) is not None]
+                chosen = [
+                    g if g._array.dtype == dtype else cast(g, dtype=dtype)
+                    for i in given
+                    if (g := gradients[i]) is not None
+                ]
                 if run.parts and not state.recorders:
                     memory = run.parameters
                     memory._buffer.before_write(memory._array)  # at once, not part by part
@@ -395,9 +402,7 @@ class Optimizer:
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
         raise NotImplementedError
 
-    def _checked(
-        self, grads_and_vars: Iterable[Any]
-    ) -> tuple[list[Tensor | None], list[Variable]]:
+    def _checked(self, grads_and_vars: Iterable[Any]) -> tuple[list[Tensor | None], list[Variable]]:
         """Return the gradients and the variables of the pairs."""
         gradients: list[Tensor | None] = []
         variables: list[Variable] = []
@@ -514,9 +519,10 @@ class SGD(Optimizer):
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
         if not self._has_momentum:
-            sgd_update(p, g, self.learning_rate)
+            sgd_update(p, g, self._hyperparameters["learning_rate"])
             return
-        momentum_update(p, *slots, g, self.learning_rate, self.momentum, nesterov=self._nesterov)
+        settings = self._hyperparameters.values()
+        momentum_update(p, *slots, g, *settings, nesterov=self._nesterov)
 
 
 class Adagrad(Optimizer):
@@ -548,7 +554,7 @@ class Adagrad(Optimizer):
         self._START = (float(initial_accumulator_value),)
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        adagrad_update(p, *slots, g, self.learning_rate, self.epsilon)
+        adagrad_update(p, *slots, g, *self._hyperparameters.values())
 
 
 class RMSprop(Optimizer):
@@ -573,7 +579,7 @@ class RMSprop(Optimizer):
         super().__init__(name, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        rmsprop_update(p, *slots, g, self.learning_rate, self.rho, self.epsilon)
+        rmsprop_update(p, *slots, g, *self._hyperparameters.values())
 
 
 class Adam(Optimizer):
@@ -611,17 +617,7 @@ class Adam(Optimizer):
         )
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        adam_update(
-            p,
-            *slots,
-            g,
-            self._iterations,
-            self.learning_rate,
-            self.beta_1,
-            self.beta_2,
-            self.epsilon,
-            self.weight_decay,
-        )
+        adam_update(p, *slots, g, self._iterations, *self._hyperparameters.values())
 
 
 class AdamW(Adam):

@@ -724,18 +724,12 @@ def _pull_through(
     """Run one node's rules and add what they answer to its inputs' gradients."""
     primitive, inputs, _, params, mask, where = node
     positions = _BITS[mask] if mask < 64 else _bits(mask)
-    vjps = primitive.vjps
-    answers: Any = None
-    if vjps:
-        wanted = [
-            i
-            for i in positions
-            if vjps[i] is not None and needed.get(inputs[i].id, _NEVER) <= index
-        ]
-    else:
-        wanted = [i for i in positions if needed.get(inputs[i].id, _NEVER) <= index]
-        if not wanted:
-            return
+    rules: Any = primitive.vjps
+    answers: Any = None  # of a rule for all inputs at once
+    wanted = [i for i in positions if needed.get(inputs[i].id, _NEVER) <= index]
+    if not wanted:
+        return
+    if not rules:
         if primitive.joint_vjp is None:
             raise LookupError(
                 f"no gradient rule is defined for {primitive.name}, called at {where}: "
@@ -745,7 +739,10 @@ def _pull_through(
         answers = primitive.joint_vjp(needs, g, y, *inputs, **params)
     for i in wanted:
         x = inputs[i]
-        answer = answers[i] if answers is not None else vjps[i](g, y, *inputs, **params)
+        if rules:
+            answer = None if rules[i] is None else rules[i](g, y, *inputs, **params)
+        else:
+            answer = answers[i]
         if answer is None:
             continue
         # At the input's own shape and type, whatever was spread or promoted.

@@ -158,7 +158,9 @@ class Recording:
             for leaf in flatten(result)
         ]
         structure = map_structure(_without_values, result)
-        return Program(self._inputs, written_out(self._steps), leaves, structure, not self.on_device)
+        return Program(
+            self._inputs, written_out(self._steps), leaves, structure, not self.on_device
+        )
 
 
 def _without_values(leaf: Any) -> Any:
