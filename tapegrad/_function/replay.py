@@ -15,18 +15,14 @@ from tapegrad import _storage
 from tapegrad._backend import Array
 from tapegrad._function import (
     numpy_calls,  # noqa: F401  fills the table of lowerings
-    rewrites,
+    simplify,
 )
 from tapegrad._function.blocks import in_blocks
 from tapegrad._function.layout import Layout
 from tapegrad._function.lowering import Line, Lowering, Place
 from tapegrad._function.memory import allocate, place_in_arena
 from tapegrad._function.program import Program, Value
-from tapegrad._function.rewrites import (
-    without_dead_steps,
-    without_repeated_steps,
-    writes_last,
-)
+from tapegrad._function.rewrites import writes_last
 from tapegrad._storage import Buffer, lies_in_buffer
 from tapegrad._structure import is_container, unflatten
 from tapegrad.tensor import Tensor, next_id
@@ -159,8 +155,7 @@ class Replay:
         self._program = program
         self._name = name
         self._lock = threading.RLock()
-        without_repeated_steps(program)
-        without_dead_steps(program)
+        simplify.simplify(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
         self._writes = self._first_write < len(program.steps)
@@ -174,7 +169,7 @@ class Replay:
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        rewrite = rewrites.ENABLED and self._program.on_host
+        rewrite = "layout" in simplify.ENABLED and self._program.on_host
         layout = Layout(self._program if rewrite else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
         self._placements, self._memory_of = placements, memory_of
