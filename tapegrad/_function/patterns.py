@@ -71,21 +71,24 @@ class Pattern:
     ) -> None:
         self._functions = before, after
         self._arrays = [_example(letters) for letters in inputs]
-        self._wrt = wrt
+        self.wrt = wrt
+
+    # Recorded when they are needed: a program without logarithms needs few.
 
     @functools.cached_property
-    def forward(self) -> tuple[_Template, _Template]:
-        """What to look for, and what replaces it."""
-        before, after = self._functions
-        return _Template(before, self._arrays), _Template(after, self._arrays)
+    def before(self) -> _Template:
+        """What to look for."""
+        return _Template(self._functions[0], self._arrays)
 
     @functools.cached_property
-    def both_ways(self) -> tuple[_Template, _Template] | None:
-        """The same with the gradient as second result, from a last input: the result's gradient."""
-        if not self._wrt:
-            return None
-        template = self.forward[0]
-        arrays = [*self._arrays, np.ones(template.outputs[0].shape, np.float32)]
+    def after(self) -> _Template:
+        """What replaces it."""
+        return _Template(self._functions[1], self._arrays)
+
+    @functools.cached_property
+    def both_ways(self) -> tuple[_Template, _Template]:
+        """Both, with the gradient as second result, from a last input: the result's gradient."""
+        arrays = [*self._arrays, np.ones(self.before.outputs[0].shape, np.float32)]
         before, after = (_Template(_with_gradient(f), arrays) for f in self._functions)
         return before, after
 
@@ -296,14 +299,21 @@ class _Search:
 
     def replace_both_ways(self, pattern: Pattern) -> None:
         """Replace a pattern and its gradient wherever they lie, if less is written then."""
-        if pattern.both_ways is None:
-            return
-        before, after = pattern.both_ways
-        for begun in self._places(pattern, before):
+        for step in self._places(pattern) if pattern.wrt else ():
+            before, after = pattern.both_ways
+            begun = self._compare(before, 0, step)
+            if begun is None:
+                continue
             found = [self._compare(before, 1, s, begun) for s in self._steps_like(before, 1)]
-            ways = [way for way in found if way is not None]
+            # A gradient of what is computed again later would come before what it is to share.
+            ways = [
+                way
+                for way in found
+                if way is not None
+                and self._position[step] < self._place_of(way.values[before.outputs[1]])
+            ]
             new, instead = self._remade(before, after, ways)
-            if _cost(step for _, step in new) < _cost(self._dying(ways, instead)):
+            if _cost(s for _, s in new) < _cost(self._dying(ways, instead)):
                 self._take(new, instead)
 
     def replace(self, pattern: Pattern) -> None:
@@ -311,19 +321,17 @@ class _Search:
 
         A fused primitive computes, forward, what the pattern computes: beside it there is no gain.
         """
-        before, after = pattern.forward
-        for found in self._places(pattern, before):
-            new, instead = self._remade(before, after, [found])
+        for step in self._places(pattern):
+            found = self._compare(pattern.before, 0, step)
+            assert found is not None
+            new, instead = self._remade(pattern.before, pattern.after, [found])
             if len(self._dying([found], instead)) == len(found.steps):
                 self._take(new, instead)
 
-    def _places(self, pattern: Pattern, template: _Template) -> Iterator[_Found]:
-        """Yield where the first result of a template is computed."""
-        for step in self._steps_like(pattern.forward[0], 0):
-            if self._compare(pattern.forward[0], 0, step) is not None:
-                found = self._compare(template, 0, step)
-                if found is not None:
-                    yield found
+    def _places(self, pattern: Pattern) -> list[Step]:
+        """Return the steps that compute the first result of a pattern."""
+        template = pattern.before
+        return [s for s in self._steps_like(template, 0) if self._compare(template, 0, s)]
 
     def _steps_like(self, template: _Template, output: int) -> list[Step]:
         return self._by_primitive.get(template.made_by[template.outputs[output]].primitive, [])
@@ -353,17 +361,19 @@ class _Search:
                 for a, b in zip(after.inputs, before.inputs, strict=True)
                 if b in found.values
             }
-            for t, result in zip(before.outputs, after.outputs, strict=True):
-                old = found.values[t]
+            pairs = zip([found.values[t] for t in before.outputs], after.outputs, strict=True)
+            for old, result in sorted(pairs, key=lambda pair: self._place_of(pair[0])):
                 if old in instead:
                     continue
                 like = self._made_by[old]
-                steps = _made(after, result, found, made, like)
-                new += [(self._position[like], step) for step in steps]
+                new += [(self._place_of(old), s) for s in _made(after, result, found, made, like)]
                 instead[old] = made[result]
                 if not shared:
                     shared = {x: y for x, y in made.items() if x not in after.inputs}
         return new, instead
+
+    def _place_of(self, x: Value) -> int:
+        return self._position[self._made_by[x]]
 
     def _dying(self, ways: list[_Found], instead: dict[Value, Value]) -> list[Step]:
         """Return those of the steps found that nothing needs once results are replaced."""
@@ -422,17 +432,22 @@ def _cost(steps: Any) -> tuple[int, int]:
     return builtins.sum(y.size for step in steps for y in step.outputs), len(steps)
 
 
-def _rewrite(patterns: Sequence[Pattern], needs: str, bound: str = "") -> Rewrite:
-    """Return the rewrite by some patterns; none is in a program without one of `needs`."""
+def _rewrite(patterns: Sequence[Pattern], *needs: str, bound: str = "") -> Rewrite:
+    """Return the rewrite by patterns.
+
+    needs  names of primitives: in a program without one of each group there is none of them.
+    """
 
     def run(program: Program) -> None:
-        if not {step.name for step in program.steps}.isdisjoint(needs.split()):
-            search = _Search(program)
-            for pattern in patterns:
-                search.replace_both_ways(pattern)
-            for pattern in patterns:
-                search.replace(pattern)
-            search.finish()
+        names = {step.name for step in program.steps}
+        if any(names.isdisjoint(group.split()) for group in needs):
+            return
+        search = _Search(program)
+        for pattern in patterns:
+            search.replace_both_ways(pattern)
+        for pattern in patterns:
+            search.replace(pattern)
+        search.finish()
 
     return Rewrite(run, bound)
 
@@ -459,7 +474,7 @@ REWRITES: dict[str, Rewrite] = {
             Pattern(lambda x, w, b: ew.maximum(linear(x, w, b), 0.0), linear_relu, "ni", "io", "o"),
         ],
         "maximum",
-        "the sign of a zero",
+        bound="the sign of a zero",
     ),
     "linear_relu_grad": _rewrite(
         [Pattern(_relu_grad_and_sum, lambda g, y: linear_relu_grad(g, y)[::-1], "no", "no")],
@@ -583,6 +598,8 @@ def _patterns_of_labels() -> Iterator[Pattern]:
 _ROUNDING = "units in the last place of 1 + the loss; finite where exp over- or underflows"
 _LOGARITHMS = "log log_softmax logsumexp"
 REWRITES["cross-entropy of targets"] = _rewrite(
-    list(_patterns_of_targets()), _LOGARITHMS, _ROUNDING
+    list(_patterns_of_targets()), _LOGARITHMS, "multiply", bound=_ROUNDING
 )
-REWRITES["cross-entropy of labels"] = _rewrite(list(_patterns_of_labels()), _LOGARITHMS, _ROUNDING)
+REWRITES["cross-entropy of labels"] = _rewrite(
+    list(_patterns_of_labels()), _LOGARITHMS, "getitem", bound=_ROUNDING
+)
