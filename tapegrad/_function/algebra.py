@@ -6,6 +6,7 @@ table says otherwise: x * 1 is x, but x + 0 is not where x is -0.0.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.linear import add, broadcast_to, permute, reshape
 from tapegrad.ops.elementwise import _negative, _subtract
+from tapegrad.ops.linear_algebra import _matmul as matmul
+from tapegrad.tensor import wrap
 
 
 class _Pass:
@@ -62,6 +65,10 @@ class _Pass:
         if step is None or step.name != name or type(step.inputs[0]) is not Value:
             return None
         return None if alone and self._uses[x] > 1 else step.inputs[0]
+
+    def inputs_of(self, x: Value) -> tuple[Any, ...]:
+        """Return what the call that made x took."""
+        return self._made_by[x].inputs
 
     def params_of(self, x: Value) -> dict[str, Any]:
         """Return the parameters of the call that made x."""
@@ -146,13 +153,34 @@ def _difference(at: _Pass, step: Step) -> Value | None:
 def _negated_later(at: _Pass, step: Step) -> Value | None:
     """Change the sign of a result instead of all that it is made of."""
     y = step.outputs[0]
-    x, negative = step.inputs[0], False
-    while (first := _negated(at, x, y)) is not None:
-        x, negative = first, not negative
-    if x is step.inputs[0]:
+    inputs, negative = list(step.inputs), False
+    for i, x in enumerate(step.inputs):
+        while (first := _negated(at, x, y)) is not None and first.size >= y.size:
+            inputs[i] = x = first
+            negative = not negative
+    if inputs == list(step.inputs):
         return None
-    inner = at.call(step.primitive, y, x, *step.inputs[1:], **step.params)
+    inner = at.call(step.primitive, y, *inputs, **step.params)
     return at.call(_negative, y, inner) if negative else inner
+
+
+# ---- factors that are powers of two, which round nothing
+
+
+def _doubled(at: _Pass, step: Step) -> Value | None:
+    """Multiply by one constant, 2c, instead of by 2 and by c: what a squared error leaves."""
+    c, d = step.inputs
+    y = step.outputs[0]
+    x = at.input_of(d, "multiply", alone=True)
+    if x is None or type(c) is not Value or c.kind != "constant" or c.dtype != x.dtype:
+        return None
+    factor = at.inputs_of(d)[1]
+    if type(factor) not in (int, float) or factor < 1 or math.frexp(factor)[0] != 0.5:
+        return None
+    array = c.source._array * factor
+    if x.dtype != y.dtype or not bool((abs(array) < math.inf).all() and (array != 0).all()):
+        return None
+    return at.call(step.primitive, y, Value("constant", c.shape, c.dtype, wrap(array)), x)
 
 
 # ---- views of views
@@ -189,10 +217,26 @@ def _view_of_view(name: str, primitive: Any) -> Rule:
 
 
 def _row(at: _Pass, step: Step) -> Value | None:
-    stacked = at._made_by.get(step.inputs[0])
-    if stacked is None or stacked.name != "stack":
+    if at.input_of(step.inputs[0], "stack") is None:
         return None
-    return _same_as(stacked.inputs[step.params["index"]], step.outputs[0])
+    return _same_as(at.inputs_of(step.inputs[0])[step.params["index"]], step.outputs[0])
+
+
+def _transposed_product(at: _Pass, step: Step) -> Value | None:
+    """Multiply the transposes, which are views, instead of transposing the product.
+
+    The gradient of w in x @ w.T is one: so it is computed where it is to lie.
+    """
+    x, y = step.inputs[0], step.outputs[0]
+    if at.input_of(x, "matmul", alone=True) is None or step.params["axes"] != (1, 0):
+        return None
+    turned = []
+    for factor in at.inputs_of(x)[::-1]:
+        if type(factor) is not Value or len(factor.shape) != 2:
+            return None
+        like = Value("result", factor.shape[::-1], factor.dtype)
+        turned.append(at.call(permute, like, factor, axes=(1, 0)))
+    return at.call(matmul, y, *turned)
 
 
 def _total(at: _Pass, step: Step) -> Value | None:
@@ -209,9 +253,18 @@ def _rewrite(rules: dict[str, Rule], bound: str = "") -> Rewrite:
     return Rewrite(lambda program: _Pass(program).run(rules), bound)
 
 
-# Signs that have moved may meet others.
+_ZERO = "the sign of a zero"
+_ORDER = "the order of the terms in a sum"
+
+# What follows what: signs that have moved may meet others, and transposes too.
 REWRITES: dict[str, Rewrite] = {
     "factors of one": _rewrite({"multiply": _product, "scale": _scaled, "divide": _quotient}),
+    "signs later": _rewrite(
+        dict.fromkeys(("sum", "sum_to", "multiply", "scale", "divide", "reshape"), _negated_later),
+        _ZERO,
+    ),
+    "double signs": _rewrite({"negative": _negation, "add": _sum_of_two, "subtract": _difference}),
+    "transposed products": _rewrite({"permute": _transposed_product}, _ORDER),
     "views of views": _rewrite(
         {
             "permute": _permuted,
@@ -221,9 +274,6 @@ REWRITES: dict[str, Rewrite] = {
             **dict.fromkeys(("cast", "sum_to", "positive", "stop_gradient"), _copy_or_view),
         }
     ),
-    "signs later": _rewrite(
-        dict.fromkeys(("sum", "divide", "reshape"), _negated_later), "the sign of a zero"
-    ),
-    "double signs": _rewrite({"negative": _negation, "add": _sum_of_two, "subtract": _difference}),
-    "sums of reshaped": _rewrite({"sum": _total}, "the order of the terms in a sum"),
+    "sums of reshaped": _rewrite({"sum": _total}, _ORDER),
+    "powers of two": _rewrite({"scale": _doubled}, "finite where a double overflows"),
 }

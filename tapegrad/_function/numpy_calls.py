@@ -906,6 +906,19 @@ def _row_numbers(b: Lowering, step: Step) -> bool:
     return True
 
 
+@lowers("one_hot")
+def _one_hot(b: Lowering, step: Step) -> bool:
+    index, y = step.inputs[0], step.outputs[0]
+    if not index.shape:
+        return False
+    x, classes = b.of(index), np.arange(step.params["depth"])
+    chosen = b.like(y, False, np.dtype(np.bool_))
+    out = b.out(step)
+    b.line("equal({}[..., None], {}, {})", x, _static(classes), chosen)
+    b.line("copyto({}, {})", out, chosen)
+    return True
+
+
 # ---- random numbers
 
 
