@@ -271,7 +271,9 @@ REWRITES: dict[str, Rewrite] = {
             "reshape": _view_of_view("reshape", reshape),
             "broadcast_to": _view_of_view("broadcast_to", broadcast_to),
             "row": _row,
-            **dict.fromkeys(("cast", "sum_to", "positive", "stop_gradient"), _copy_or_view),
+            **dict.fromkeys(
+                ("cast", "cast_to_discrete", "sum_to", "positive", "stop_gradient"), _copy_or_view
+            ),
         }
     ),
     "sums of reshaped": _rewrite({"sum": _total}, _ORDER),

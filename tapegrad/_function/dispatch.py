@@ -214,6 +214,7 @@ class Function:
         """Compile the program if it is that of the call before."""
         earlier, entry.recorded = entry.recorded, program
         if earlier is None:
+            program.forget_makers()
             return
         found = difference(earlier, program)
         if found is None:
@@ -223,6 +224,7 @@ class Function:
                     entry.program = program
                     entry.recorded = None
             return
+        program.forget_makers()
         if found.of_constants or entry.calls >= _MOST_RECORDINGS:
             problem = (
                 f"{self._name} does not do the same in every call: {found.text}. A value that "

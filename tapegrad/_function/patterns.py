@@ -135,9 +135,15 @@ def _makers(program: Program) -> dict[Value, Step]:
 class _Found:
     """Where a template lies in a program: as far as it has been compared."""
 
-    def __init__(self, template: _Template, made_by: dict[Value, Step]) -> None:
+    def __init__(
+        self,
+        template: _Template,
+        made_by: dict[Value, Step],
+        maker_of: Callable[[Value], Step | None],
+    ) -> None:
         self._template = template
         self._made_by = made_by
+        self._maker_of = maker_of
         self.values: dict[Value, Value] = {}
         self.steps: dict[Step, Step] = {}
         self.lengths: dict[int, int] = {}
@@ -145,7 +151,7 @@ class _Found:
 
     def copy(self) -> _Found:
         """Return one to go on with, while this one stays as it is."""
-        other = _Found(self._template, self._made_by)
+        other = _Found(self._template, self._made_by, self._maker_of)
         other._take(self)
         return other
 
@@ -161,15 +167,14 @@ class _Found:
             return type(t) is type(p) and repr(t) == repr(p)
         known = self.values.get(t)
         if known is not None:
-            return known is p or _same_constants(known, p)
+            return known is p
         if not self._shape(t, p) or not self._type(t, p):
             return False
         if t.kind == "constant":
             return p.kind == "constant" and _counts(t) and _counts(p)
         if t.kind == "result":
-            if p.kind == "constant":
-                return self._folded(self._template.made_by[t], p)
-            made = self._made_by.get(p)
+            # The gradient of a loss begins as a constant, and is divided and spread as one.
+            made = self._maker_of(p) if p.kind == "constant" else self._made_by.get(p)
             return made is not None and self.step(self._template.made_by[t], made, t, p)
         self.values[t] = p
         return True
@@ -195,25 +200,6 @@ class _Found:
                 self.steps[t] = p
                 return True
         return False
-
-    def _folded(self, t: Step, p: Value) -> bool:
-        """Compare a step with the constant that it became, its input being one.
-
-        The gradient of a loss begins as one, and is spread and divided while it is a constant.
-        """
-        x = t.inputs[0]
-        if t.name not in ("reshape", "broadcast_to", "negative"):
-            return False
-        array = p.source._array
-        if t.name == "broadcast_to":
-            lead = len(t.outputs[0].shape) - len(x.shape)
-            kept = array[(0,) * lead]
-            kept = kept[tuple(slice(0, 1 if n == 1 else None) for n in x.shape)]
-            if not bool((kept == array).all()):  # not so where it holds a NaN
-                return False
-        else:
-            kept = array.reshape(self.known(x.shape)) if t.name == "reshape" else -array
-        return self.value(x, _constant(kept))
 
     def _shape(self, t: Value, p: Value) -> bool:
         """Compare shapes: a length of the template stands for any, but for one alone."""
@@ -269,14 +255,6 @@ def _constant(array: Any) -> Value:
     return Value("constant", array.shape, array.dtype, wrap(array))
 
 
-def _same_constants(a: Value, b: Value) -> bool:
-    return (
-        a.kind == b.kind == "constant"
-        and (a.shape, a.dtype) == (b.shape, b.dtype)
-        and bool((a.source._array == b.source._array).all())
-    )
-
-
 # ---- finding and replacing
 
 
@@ -325,7 +303,7 @@ class _Search:
             found = self._compare(pattern.before, 0, step)
             assert found is not None
             new, instead = self._remade(pattern.before, pattern.after, [found])
-            if len(self._dying([found], instead)) == len(found.steps):
+            if len(self._dying([found], instead)) == len(self._matched([found])):
                 self._take(new, instead)
 
     def _places(self, pattern: Pattern) -> list[Step]:
@@ -339,7 +317,9 @@ class _Search:
     def _compare(
         self, template: _Template, output: int, step: Step, begun: _Found | None = None
     ) -> _Found | None:
-        found = _Found(template, self._made_by) if begun is None else begun.copy()
+        if begun is None:
+            begun = _Found(template, self._made_by, self._program.maker_of)
+        found = begun.copy()
         t = template.outputs[output]
         position = template.made_by[t].outputs.index(t)
         p = step.outputs[position]
@@ -375,9 +355,13 @@ class _Search:
     def _place_of(self, x: Value) -> int:
         return self._position[self._made_by[x]]
 
+    def _matched(self, ways: list[_Found]) -> set[Step]:
+        steps = (step for found in ways for step in found.steps.values())
+        return {step for step in steps if step in self._position}  # those of constants ran before
+
     def _dying(self, ways: list[_Found], instead: dict[Value, Value]) -> list[Step]:
         """Return those of the steps found that nothing needs once results are replaced."""
-        matched = {step for found in ways for step in found.steps.values()}
+        matched = self._matched(ways)
         dying: set[Step] = set()
         for step in sorted(matched, key=self._position.__getitem__, reverse=True):
             if all(

@@ -21,3 +21,4 @@ def simplify(program: Program) -> None:
             without_dead_steps(program)
     without_repeated_steps(program)
     without_dead_steps(program)
+    program.forget_makers()
