@@ -86,6 +86,15 @@ class Buffer:
         if everything:
             self.shown = False
 
+    def revoke(self, instead: Any) -> None:
+        """Let all Tensors that show this memory have something else instead of their arrays."""
+        for ref in self._tensors:
+            tensor = ref()
+            if tensor is not None:
+                tensor._array = instead
+        self._tensors.clear()
+        self.shown = False
+
 
 def _overlaps(array: Array, low: int, high: int) -> bool:
     first, end = byte_bounds(array)
