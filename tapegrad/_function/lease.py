@@ -61,7 +61,7 @@ class _Expired:
             "or leave out lease_results"
         )
 
-    __getattr__ = __array_ufunc__ = __array_function__ = _refuse
+    __getattr__ = _refuse
 
 
 # Python looks operators up in the class, past __getattr__; each object has comparisons already.

@@ -12,7 +12,6 @@ something else needs it, so a pattern is right whatever surrounds it.
 
 from __future__ import annotations
 
-import builtins
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._function.lowering import VIEWS
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.recording import Recording
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
@@ -276,23 +274,14 @@ class _Search:
         self._new: dict[int, list[Step]] = {}  # by the position before which they come
 
     def replace_both_ways(self, pattern: Pattern) -> None:
-        """Replace a pattern and its gradient wherever they lie, if less is written then."""
+        """Replace a pattern and its gradients wherever they lie: of one result several may."""
         for step in self._places(pattern) if pattern.wrt else ():
             before, after = pattern.both_ways
             begun = self._compare(before, 0, step)
-            if begun is None:
-                continue
-            found = [self._compare(before, 1, s, begun) for s in self._steps_like(before, 1)]
-            # A gradient of what is computed again later would come before what it is to share.
-            ways = [
-                way
-                for way in found
-                if way is not None
-                and self._position[step] < self._place_of(way.values[before.outputs[1]])
-            ]
-            new, instead = self._remade(before, after, ways)
-            if _cost(s for _, s in new) < _cost(self._dying(ways, instead)):
-                self._take(new, instead)
+            for of_gradient in self._steps_like(before, 1) if begun is not None else ():
+                found = self._compare(before, 1, of_gradient, begun)
+                if found is not None:
+                    self._take(*self._remade(before, after, found))
 
     def replace(self, pattern: Pattern) -> None:
         """Replace a pattern wherever it lies, if nothing of it is needed any more.
@@ -302,8 +291,8 @@ class _Search:
         for step in self._places(pattern):
             found = self._compare(pattern.before, 0, step)
             assert found is not None
-            new, instead = self._remade(pattern.before, pattern.after, [found])
-            if len(self._dying([found], instead)) == len(self._matched([found])):
+            new, instead = self._remade(pattern.before, pattern.after, found)
+            if self._all_die(found, instead):
                 self._take(new, instead)
 
     def _places(self, pattern: Pattern) -> list[Step]:
@@ -326,51 +315,39 @@ class _Search:
         return found if p not in self._instead and found.value(t, p) else None
 
     def _remade(
-        self, before: _Template, after: _Template, ways: list[_Found]
+        self, before: _Template, after: _Template, found: _Found
     ) -> tuple[list[tuple[int, Step]], dict[Value, Value]]:
         """Return the steps that replace what was found, with their positions, and what they give.
 
-        ways  places that share the first result: it may have several gradients.
+        What two gradients share is made twice, and merged with all that is computed twice.
         """
+        made = {
+            a: found.values[b]
+            for a, b in zip(after.inputs, before.inputs, strict=True)
+            if b in found.values
+        }
         new: list[tuple[int, Step]] = []
         instead: dict[Value, Value] = {}
-        shared: dict[Value, Value] = {}  # what the first result's steps have made
-        for found in ways:
-            made = shared | {
-                a: found.values[b]
-                for a, b in zip(after.inputs, before.inputs, strict=True)
-                if b in found.values
-            }
-            pairs = zip([found.values[t] for t in before.outputs], after.outputs, strict=True)
-            for old, result in sorted(pairs, key=lambda pair: self._place_of(pair[0])):
-                if old in instead:
-                    continue
-                like = self._made_by[old]
-                new += [(self._place_of(old), s) for s in _made(after, result, found, made, like)]
-                instead[old] = made[result]
-                if not shared:
-                    shared = {x: y for x, y in made.items() if x not in after.inputs}
+        pairs = zip([found.values[t] for t in before.outputs], after.outputs, strict=True)
+        # The first one first: between two of them there may be a use of it.
+        for old, result in sorted(pairs, key=lambda pair: self._place_of(pair[0])):
+            like, position = self._made_by[old], self._place_of(old)
+            new += [(position, step) for step in _made(after, result, found, made, like)]
+            instead[old] = made[result]
         return new, instead
 
     def _place_of(self, x: Value) -> int:
         return self._position[self._made_by[x]]
 
-    def _matched(self, ways: list[_Found]) -> set[Step]:
-        steps = (step for found in ways for step in found.steps.values())
-        return {step for step in steps if step in self._position}  # those of constants ran before
-
-    def _dying(self, ways: list[_Found], instead: dict[Value, Value]) -> list[Step]:
-        """Return those of the steps found that nothing needs once results are replaced."""
-        matched = self._matched(ways)
-        dying: set[Step] = set()
-        for step in sorted(matched, key=self._position.__getitem__, reverse=True):
-            if all(
-                y in instead
-                or (y not in self._outputs and all(u in dying for u in self._users.get(y, ())))
-                for y in step.outputs
-            ):
-                dying.add(step)
-        return list(dying)
+    def _all_die(self, found: _Found, instead: dict[Value, Value]) -> bool:
+        """Tell whether nothing needs any of the steps found, once results are replaced."""
+        dying = set(found.steps.values())
+        return all(
+            y in instead
+            or (y not in self._outputs and all(user in dying for user in self._users.get(y, ())))
+            for step in dying
+            for y in step.outputs
+        )
 
     def _take(self, new: list[tuple[int, Step]], instead: dict[Value, Value]) -> None:
         for position, step in new:
@@ -408,12 +385,6 @@ def _made(
     outputs = [Value("result", found.known(y.shape), found.known(y.dtype)) for y in step.outputs]
     made.update(zip(step.outputs, outputs, strict=True))
     yield Step(step.primitive, inputs, outputs, params, like.where, order=like.order)
-
-
-def _cost(steps: Any) -> tuple[int, int]:
-    """Return what tells a cheaper program: elements that are written, then the calls."""
-    steps = [step for step in steps if step.name not in VIEWS]
-    return builtins.sum(y.size for step in steps for y in step.outputs), len(steps)
 
 
 def _rewrite(patterns: Sequence[Pattern], *needs: str, bound: str = "") -> Rewrite:

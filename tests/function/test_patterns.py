@@ -404,12 +404,20 @@ NEAR_LAYERS = {
     "bias of another type": lambda x: nn.relu(x @ MATRIX + tg.astype(VECTOR, "f4")),
     "three axes": lambda x: nn.relu(tg.stack([x, x]) @ MATRIX + VECTOR),
     "a stack of matrices": lambda x: nn.relu(x @ tg.stack([MATRIX, MATRIX]) + VECTOR),
+    "bias of more columns": lambda x: nn.relu(x @ MATRIX[:, :1] + VECTOR),
     "the product is returned": lambda x: (x @ MATRIX, nn.relu(x @ MATRIX + VECTOR)),
 }
 NEAR_LOSSES = {
     "another axis": lambda z, t: -tg.sum(t * nn.log_softmax(z, axis=0)),
     "sum over rows": lambda z, t: tg.max(tg.sum(t * nn.log_softmax(z), axis=0)),
     "targets of one row": lambda z, t: -tg.sum(t[0] * nn.log_softmax(z)),
+    "targets of one column": lambda z, t: -tg.sum(t[:, :1] * nn.log_softmax(z)),
+    "shares of others": lambda z, t: (
+        -tg.sum(t * tg.log(tg.exp(z) / tg.sum(tg.exp(2.0 * z), axis=1, keepdims=True)))
+    ),
+    "logsumexp of others": lambda z, t: (
+        -tg.sum(t * (z - tg.logsumexp(2.0 * z, axis=1, keepdims=True)))
+    ),
     "targets of another type": lambda z, t: -tg.sum(tg.astype(t, "f4") * nn.log_softmax(z)),
     "three axes": lambda z, t: -tg.sum(t * nn.log_softmax(tg.stack([z, z]))),
     "log2": lambda z, t: -tg.sum(t * tg.log2(nn.softmax(z))),
@@ -439,15 +447,34 @@ def test_what_is_needed_besides_is_not_computed_twice():
 
 
 @pytest.mark.parametrize("name", NEAR_LOSSES)
-def test_no_cross_entropy(name):
-    steps = compiled(
-        with_gradient(NEAR_LOSSES[name]), tg.constant(Z), tg.constant(TARGETS), names=False
-    )
+@pytest.mark.parametrize("made", [lambda loss: loss, with_gradient])
+def test_no_cross_entropy(made, name):
+    z, t = tg.constant(Z), tg.constant(TARGETS)
+    steps = compiled(made(NEAR_LOSSES[name]), z, t, names=False)
+    steps += compiled(made(NEAR_LOSSES[name]), z, t, rtol=1e-13)
     assert not any("cross_entropy" in step for step in steps)
+
+
+def test_a_mask_is_no_label():
+    every = np.ones(CLASSES, bool)
     steps = compiled(
-        with_gradient(NEAR_LOSSES[name]), tg.constant(Z), tg.constant(TARGETS), rtol=1e-13
-    )
+        with_gradient(lambda z, _: -tg.sum(nn.log_softmax(z)[np.arange(CLASSES), every])),
+        tg.constant(Z[:CLASSES]), None, rtol=1e-13,
+    )  # fmt: skip
     assert not any("cross_entropy" in step for step in steps)
+
+
+def test_what_uses_a_gradient_before_its_rows_are_summed():
+    def step(x, w, b):
+        with tg.GradientTape() as tape:
+            tape.watch([w, b])
+            spread = tg.broadcast_to(b, (len(x), len(b)))  # recorded first, so summed last
+            loss = tg.sum(tg.square(nn.relu(x @ w + spread)))
+        return tape.gradient(loss, [w, b])
+
+    steps = compiled(step, *map(tg.constant, (X, W, B)), names=False)
+    assert "linear_relu_grad" in steps
+    assert "sum_to" not in steps
 
 
 # ---- algebra: each line a function, and the steps that are left of it
@@ -467,6 +494,9 @@ EXACT = {
     "plus minus": (lambda x: x + -tg.exp(x), "exp subtract"),
     "minus plus": (lambda x: -tg.exp(x) + x, "exp subtract"),
     "minus of minus": (lambda x: x - -tg.exp(x), "exp add"),
+    "plus minus, used twice": (
+        lambda x: (x + (y := -tg.exp(x)), y * 2.0), "exp negative add multiply",
+    ),
     "plus minus of bytes": (
         lambda x: tg.astype(x > 0, "i4") + -tg.astype(x > 0, "u1"),
         "greater cast_to_discrete cast_to_discrete negative add",
@@ -479,6 +509,10 @@ EXACT = {
     "transposed twice": (lambda x: tg.exp(tg.transpose(tg.transpose(x))), "exp"),
     "permuted twice": (
         lambda x: tg.exp(tg.transpose(tg.transpose(x[:, :, None], (2, 0, 1)), (2, 0, 1))),
+        "getitem permute exp",
+    ),
+    "permuted one way and another": (
+        lambda x: tg.exp(tg.transpose(tg.transpose(x[..., None], (1, 0, 2)), (0, 2, 1))),
         "getitem permute exp",
     ),
     "permuted three times": (
@@ -524,6 +558,7 @@ ROUNDED = {
         "sum divide subtract exp sum_to divide reshape negative broadcast_to add",
     ),
     "sum of a column": (lambda x: tg.sum(tg.reshape(tg.exp(x), (6, 1))), "exp sum"),
+    "sums of rows": (lambda x: tg.sum(tg.reshape(tg.exp(x), (3, 2)), axis=1), "exp reshape sum"),
     "squared error": (
         lambda x: squared_error(x, x * x)[1], "multiply subtract scale",
     ),
@@ -539,6 +574,25 @@ def test_algebra_that_rounds(name):
     function, left = ROUNDED[name]
     x = tg.constant(RNG.normal(size=(2, 3)))
     assert compiled(function, x, rtol=1e-15) == left.split()
+
+
+@pytest.mark.parametrize(
+    ("factor", "left"),
+    [
+        (2.0, ["scale"]),
+        (4, ["scale"]),
+        *((k, ["multiply", "scale"]) for k in (3.0, 0.5, -2.0, 0.0)),
+    ],
+)
+def test_powers_of_two(factor, left):
+    def slope(z, x):
+        with tg.GradientTape() as tape:
+            tape.watch(z)
+            y = tg.mean(z * (x * factor))
+        return tape.gradient(y, z)
+
+    z, x = tg.constant(Z), tg.constant(TARGETS)
+    assert compiled(slope, z, x, names={"powers of two"}) == left
 
 
 def test_a_squared_error_whose_double_overflows():
