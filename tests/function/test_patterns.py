@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tapegrad as tg
 from tapegrad._function import simplify
+from tests import test_backends
 from tests.function.compiled import assert_same, rewritten
 from tests.function.programs import Training
 
@@ -595,6 +596,20 @@ def test_powers_of_two(factor, left):
     assert compiled(slope, z, x, names={"powers of two"}) == left
 
 
+def test_a_constant_whose_double_overflows_stays():
+    c = tg.constant(np.array([1e308, 0.0]))
+    f = with_gradient(lambda z, _: tg.sum(c * z**2))
+    steps = compiled(f, tg.constant(np.array([0.01, np.inf])), None)
+    assert steps.count("multiply") == 2
+
+
+def test_a_constant_of_zero_wins():
+    c = tg.constant(np.array([1.0, 0.0]))
+    f = with_gradient(lambda z, _: tg.sum(c * z**2))
+    steps = compiled(f, tg.constant(np.array([0.01, np.inf])), None)
+    assert steps.count("multiply") == 1
+
+
 def test_a_squared_error_whose_double_overflows():
     """The bound of the table: 2 * 1e308 is infinite, its share of the gradient is not."""
     z, t = tg.constant(np.array([1e308, 0.0])), tg.constant(np.array([0.0, 0.0]))
@@ -655,6 +670,29 @@ def test_each_rewrite_alone(name):
     without = compiled(function, x, names=())
     assert compiled(function, x, rtol=rtol, names={name}) != without
     assert set(simplify.TABLE) == simplify.ENABLED
+
+
+# ---- the other backend
+
+cupy = test_backends.cupy
+
+
+def test_patterns_on_the_other_backend(cupy):
+    def step(x, w, b, k):
+        with tg.GradientTape() as tape:
+            tape.watch([w, b])
+            loss = -tg.mean(nn.log_softmax(nn.relu(x @ w + b))[RANGE, k])
+        return loss, tape.gradient(loss, [w, b])
+
+    want = step(*map(tg.constant, (X, W, B, LABELS)))
+    with tg.backend("cupy"):
+        args = [tg.constant(a) for a in (X, W, B, LABELS)]
+        f = tg.function(step)
+        for _ in range(3):
+            got = f(*args)
+    assert got[0].backend == "cupy"
+    assert {"linear_relu", "linear_relu_grad", "label_cross_entropy_with_grad"} <= {*steps_of(f)}
+    assert_same(got, want, 1e-14)
 
 
 # ---- random programs, each rewrite on its own
