@@ -782,7 +782,8 @@ def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_gra
         b.done.add(scaled)
     elif with_grad:
         p = b.out(step, position=1)
-    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor)
+    exact = not b.layout.active
+    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor, exact)
     b.call("check_labels", t, classes)
     b.bound(work, x, t, loss, p)
     return True

@@ -9,6 +9,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.shorthands import written_out
 from tapegrad._recording import user_location
 from tapegrad._storage import lies_in_buffer
 from tapegrad._structure import flatten, map_structure
@@ -171,7 +172,8 @@ class Recording:
             for leaf in flatten(result)
         ]
         structure = map_structure(_without_values, result)
-        program = Program(self._inputs, self._steps, leaves, structure, not self.on_device)
+        steps = written_out(self._steps)
+        program = Program(self._inputs, steps, leaves, structure, not self.on_device)
         program.maker_of = self._maker_of
         return program
 
