@@ -93,6 +93,15 @@ class Buffer:
                 kept.append(ref)
         self._tensors = kept
 
+    def revoke(self, instead: Any) -> None:
+        """Let all Tensors that show this memory have something else instead of their arrays."""
+        for ref in self._tensors:
+            tensor = ref()
+            if tensor is not None:
+                tensor._array = instead
+        self._tensors.clear()
+        self.shown = False
+
 
 def _overlaps(array: Array, low: int, high: int) -> bool:
     first, end = byte_bounds(array)
