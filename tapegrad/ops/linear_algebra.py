@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tapegrad._backend import Array, Module
+from tapegrad.kernels import gemm
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
@@ -28,6 +29,7 @@ _matmul: Primitive = primitive(
     lambda xp, x1, x2: xp.matmul(x1, x2),
     lambda g, _y, _x1, x2: _matmul(g, _transposed(x2)),
     lambda g, _y, x1, _x2: _matmul(_transposed(x1), g),
+    kernel=gemm.matmul,
 )
 
 
