@@ -319,7 +319,7 @@ class _Device:
                         continue
                     launch = functools.partial(launched, run)
                     yield Candidate(name, launch, *algorithm)
-            yield Candidate("cupy", lambda: operation.finish(xp, xp.matmul(x, w), b))
+            yield Candidate("cupy", lambda: operation.finish(xp, xp.matmul(x, w, out=fresh()), b))
 
         if config.deterministic:
             return first()
@@ -372,7 +372,7 @@ def _fastest(
 
 def _keeps_nan(xp: Module, way: _Way, pointers: list[int], y: Array, b: Any) -> bool:
     """Tell whether an algorithm's ReLU keeps NaN: most turn it into 0."""
-    nan = xp.full(b.shape, np.nan, b.dtype)
+    nan = xp.asarray(np.full(b.shape, np.nan, b.dtype))
     try:
         way(xp, [*pointers[:2], nan.data.ptr], y, nan)
     except cublaslt.CublasLtError:
@@ -405,6 +405,10 @@ def _device(xp: Module, library: cublaslt.Library) -> _Device | None:
     number = xp.cuda.runtime.getDevice()
     found = _devices.get(number)
     if found is None:
+        if _is_capturing(xp):
+            raise NotPlanned(
+                "cuBLASLt cannot start while a stream is captured; run the products once before"
+            )
         with _making:
             found = _devices.get(number)
             if found is None:

@@ -81,8 +81,8 @@ def _matrix(shape: Shape, strides: list[int]) -> tuple[Matrix, bool] | None:
     down, across = strides
     if (columns == 1 or across == 1) and (rows == 1 or down >= columns):
         return Matrix(columns, rows, columns if rows == 1 else down), False
-    if (rows == 1 or down == 1) and (columns == 1 or across >= rows):
-        return Matrix(rows, columns, rows if columns == 1 else across), True
+    if (rows == 1 or down == 1) and across >= rows:
+        return Matrix(rows, columns, across), True
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,15 +87,18 @@ class FakeCublasLt:
     found       how many algorithms there are; `algorithms` says it for one epilogue's number.
     keeps_nan   whether the RELU epilogue keeps NaN; the real one is said not to.
     failing     pairs (epilogue, algorithm) whose launch fails.
+    unusable    algorithms that the heuristic and the check answer with a state of failure.
     """
 
     def __init__(self, *, found: int = 3, keeps_nan: bool = False, version: int = 131000) -> None:
         self.found, self.keeps_nan = found, keeps_nan
         self.algorithms: dict[int, int] = {}
         self.failing: set[tuple[int, int]] = set()
+        self.unusable: set[int] = set()
         self.known: set[bytes] | None = None  # that cublasLtMatmulAlgoCheck knows; None: all
         self.launches: list[types.SimpleNamespace] = []
         self.preferences: list[dict[int, int]] = []
+        self.pause = 0.0
         self.no_handle = self.capturing = False
         self.timer: FakeTimer
         self.objects: dict[int, Any] = {}
@@ -130,6 +134,8 @@ class FakeCublasLt:
         self.objects[number].attributes[attribute] = int.from_bytes(
             ctypes.string_at(value, size), "little"
         )
+        if attribute == 8:  # the bias of a descriptor: let another thread in
+            time.sleep(self.pause)
         return SUCCESS
 
     def _epilogue(self, descriptor: int) -> int:
@@ -152,7 +158,7 @@ class FakeCublasLt:
         for i in range(found[0]):
             results[i].algorithm[:] = bytes([epilogue, i] + [0] * 62)
             results[i].workspace = min(i * 1024, preference[1])
-            results[i].state = SUCCESS
+            results[i].state = UNSUPPORTED if i in self.unusable else SUCCESS
         return SUCCESS
 
     def _MatmulAlgoCheck(
@@ -162,7 +168,7 @@ class FakeCublasLt:
         if self.known is not None and blob not in self.known:
             return UNSUPPORTED
         result[0].workspace = blob[1] * 1024
-        result[0].state = SUCCESS
+        result[0].state = UNSUPPORTED if blob[1] in self.unusable else SUCCESS
         return SUCCESS
 
     def _matrix(self, address: int, layout: int) -> Matrix:

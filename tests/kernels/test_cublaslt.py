@@ -140,8 +140,11 @@ def test_objects_are_destroyed_with_their_owners():
     assert fake.objects == {}
 
 
-def test_the_structure_has_the_headers_size():
-    assert ctypes.sizeof(cublaslt.HeuristicResult) == 64 + 8 + 4 + 4 + 16
+def test_the_structure_is_the_headers():
+    result = cublaslt.HeuristicResult
+    offsets = {name: getattr(result, name).offset for name, _ in result._fields_}
+    assert offsets == {"algorithm": 0, "workspace": 64, "state": 72, "waves": 76, "reserved": 80}
+    assert ctypes.sizeof(result) == 96
 
 
 def test_constants():

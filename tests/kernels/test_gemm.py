@@ -273,6 +273,9 @@ def test_what_the_library_refuses_is_no_candidate(xp, tmp_path):
         assert chosen(xp, made, gemm.linear, (x, w, b))[0] == [(PLAIN, 0)]
         made.algorithms = {PLAIN: 0}
         assert chosen(xp, made, gemm.matmul, (x, w))[0] == []
+        made.algorithms, made.unusable, made.failing = {}, {1}, set()
+        x = integers(8, 3)
+        assert chosen(xp, made, gemm.matmul, (x, w))[0] == [(PLAIN, 0)]
         made.failing = {(PLAIN, 0)}
         with pytest.raises(cublaslt.CublasLtError, match="cublasLtMatmul failed with status 13"):
             gemm.matmul(xp, *map(fake, LAYER[:2]))  # planned before; now it fails
@@ -350,6 +353,14 @@ def test_capture_needs_a_plan(xp, tmp_path):
     with cublaslt_on_cpu(xp, tmp_path, seconds=seconds) as made:
         made.capturing = True
         told = r"matmul of float32 \(4, 3\) and \(3, 5\) was met .* run it once before the capture"
+        with pytest.raises(gemm.NotPlanned, match="cuBLASLt cannot start while a stream is capt"):
+            gemm.matmul(xp, *map(fake, LAYER[:2]))
+        assert made.objects == {}
+        made.capturing = False
+        gemm.matmul(xp, fake(integers(2, 2)), fake(integers(2, 2)))
+        made.preferences.clear()
+        made.timer.timed.clear()
+        made.capturing = True
         with pytest.raises(gemm.NotPlanned, match=told):
             gemm.matmul(xp, *map(fake, LAYER[:2]))
         assert made.preferences == []  # the heuristic may not be asked
@@ -391,10 +402,11 @@ def test_threads_do_not_take_each_others_bias(xp, lt):
     x, w = integers(4, 3), integers(3, 5)
     gemm.linear(xp, fake(x), fake(w), fake(integers(5)))
     wrong = []
+    lt.pause = 1e-4  # for another thread to come between the address and the launch
 
     def work(number):
         b = np.full(5, number, "f4")
-        for _ in range(50):
+        for _ in range(5):
             y = gemm.linear(xp, fake(x), fake(w), fake(b)).get()
             if not np.array_equal(y, x @ w + b):
                 wrong.append(number)

@@ -175,6 +175,7 @@ DAMAGED = {
     "a short algorithm": written(file_of(problem={"plain": [1.0, "00ff", 0]})),
     "no hexadecimal": written(file_of(problem={"plain": [1.0, "x" * 128, 0]})),
     "a negative workspace": written(file_of(problem={"plain": [1.0, "", -1]})),
+    "half a byte of workspace": written(file_of(problem={"plain": [1.0, "", 0.5]})),
     "a workspace in text": written(file_of(problem={"plain": [1.0, "", "1"]})),
     "no text": lambda path: path.write_bytes(b"\xff\xfe{}"),
     "deep": written("[" * 100_000),
@@ -249,6 +250,7 @@ def test_a_later_process_takes_the_times_of_an_earlier(tmp_path):
         lambda ways: ways["plain"].__setitem__(2, 0),  # less workspace than it needs
         lambda ways: ways["plain"].__setitem__(2, 1 << 40),
         lambda ways: ways["plain"].__setitem__(1, ""),
+        lambda ways: ways["plain"].__setitem__(slice(1, 3), ["0102" + "00" * 62, 2048]),
         lambda ways: ways.__setitem__("other", ways["plain"]),
     ],
 )
@@ -262,6 +264,7 @@ def test_algorithms_of_a_foreign_file_are_not_launched(tmp_path, change):
     path.write_text(json.dumps(content))
     made = FakeCublasLt()
     made.known = {bytes([PLAIN, i] + [0] * 62) for i in range(3)}
+    made.unusable = {2}
     with pytest.warns(RuntimeWarning, match="is not of this device"):
         assert run_with(tmp_path, made, **seconds) == [(PLAIN, 1)]
     with warnings.catch_warnings():

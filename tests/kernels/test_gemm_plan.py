@@ -128,13 +128,19 @@ LAYOUTS = {
 }
 
 
+# What stands before the last two axes of x and w.
+STACKS = [
+    *[((), ()), ((3,), ()), ((2, 3), ()), ((), (3,)), ((2, 3), (2, 3))],
+    *[((1, 3), (3,)), ((3, 1), (3, 1)), ((1,), (3,)), ((3,), (1,))],
+]
+
+
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=" x ".join)
 def test_against_an_emulation(layouts):
     make_x, make_w = (LAYOUTS[name] for name in layouts)
     lengths = (1, 2, 5, 8)
     for n, k, m in itertools.product(lengths, repeat=3):
-        for x_stack, w_stack in [((), ()), ((3,), ()), ((2, 3), ()), ((), (3,)), ((2, 3), (2, 3)),
-                                 ((1, 3), (3,)), ((3, 1), (3, 1))]:  # fmt: skip
+        for x_stack, w_stack in STACKS:
             x, w = make_x(*x_stack, n, k), make_w(*w_stack, k, m)
             problem = plan(x, w)
             assert problem is not None, (x.shape, x.strides, w.shape, w.strides)
