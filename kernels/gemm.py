@@ -59,18 +59,18 @@ def matmul(xp: Module, x: Array, w: Array) -> Array | None:
     Of one floating dtype, in any layout; transposed operands are read where they lie. float16 and
     bfloat16 are accumulated in float32; float32 in TF32 where `tapegrad.config.tf32` allows it.
     """
-    return product(xp, MATMUL, x, w)
+    return product(MATMUL, xp, x, w)
 
 
 def linear(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
     """Return x @ w + b: x (n, i), w (i, o), b (o,), as `matmul` takes them, b C-contiguous."""
     if x.ndim != 2 or w.ndim != 2 or b.shape != w.shape[1:] or not b.flags.c_contiguous:
         return None
-    return product(xp, LINEAR, x, w, b)
+    return product(LINEAR, xp, x, w, b)
 
 
 def product(
-    xp: Module, operation: Operation, x: Array, w: Array, b: Array | None = None
+    operation: Operation, xp: Module, x: Array, w: Array, b: Array | None = None
 ) -> Array | None:
     """Return what `operation` makes of x @ w and the bias b, or None for what CuPy must do.
 
@@ -109,11 +109,11 @@ def product(
             x, w = (
                 a if r else xp.ascontiguousarray(a) for a, r in zip((x, w), readable, strict=True)
             )
-            return product(xp, operation, x, w, b)
+            return product(operation, xp, x, w, b)
         problem = gemm_plan.problem(x.shape, x.strides, w.shape, w.strides, x.itemsize)
         if problem is None:
             return None
-        plan = device.plan(xp, operation, problem, x, w, b, key)
+        plan = device.plan(operation, problem, key, xp, x, w, b)
     way = plan.fastest
     if way is None:
         if not _is_capturing(xp):
@@ -253,13 +253,13 @@ class _Device:
 
     def plan(
         self,
-        xp: Module,
         operation: Operation,
         problem: gemm_plan.Problem,
+        key: Any,
+        xp: Module,
         x: Array,
         w: Array,
         b: Array | None,
-        key: Any,
     ) -> _Plan:
         """Decide how a product runs, and keep the decision."""
         if _is_capturing(xp):
@@ -272,14 +272,14 @@ class _Device:
             if plan is None:
                 if len(self.plans) >= _MAX_PLANS:
                     self.plans.clear()
-                plan = self.plans[key] = self._decide(xp, operation, problem, x, w, b)
+                plan = self.plans[key] = self._decide(operation, problem, xp, x, w, b)
         return plan
 
     def _decide(
         self,
-        xp: Module,
         operation: Operation,
         problem: gemm_plan.Problem,
+        xp: Module,
         x: Array,
         w: Array,
         b: Array | None,

@@ -53,7 +53,7 @@ def linear_relu(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
     rows, columns = x.shape[0], w.shape[1]
     if cpp_type(b) is None or columns > MAX_COLUMNS:
         return None
-    y = product(xp, LINEAR_RELU, x, w, b)
+    y = product(LINEAR_RELU, xp, x, w, b)
     if y is None:
         y = _bias_relu(xp, xp.matmul(x, w, out=xp.empty((rows, columns), x.dtype)), b)
     return y
