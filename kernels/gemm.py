@@ -32,6 +32,10 @@ _SCALES = {
 }
 
 
+# What our own kernels do to a plain product y with the bias b, in place; returns y.
+Finish = Callable[[Module, Array, Any], Array]
+
+
 class NotPlanned(RuntimeError):
     """A product met for the first time while its stream is captured: it must run before."""
 
@@ -41,7 +45,7 @@ class Operation(NamedTuple):
 
     name: str
     fused: Epilogue = Epilogue.DEFAULT  # DEFAULT: none
-    finish: Callable[[Module, Array, Any], Array] = lambda xp, y, b: y
+    finish: Finish = lambda xp, y, b: y
 
 
 def _add_bias(xp: Module, y: Array, b: Array) -> Array:
@@ -211,13 +215,13 @@ class _Way:
     """A prepared product with one algorithm, and what our own kernels do to the result."""
 
     def __init__(
-        self, prepared: _Prepared, algorithm: bytes, workspace: int, operation: Operation | None
+        self, prepared: _Prepared, algorithm: bytes, workspace: int, finish: Finish | None
     ) -> None:
         self._prepared = prepared
         self._buffer = ctypes.create_string_buffer(algorithm, cublaslt.ALGORITHM_BYTES)
         self._algorithm = ctypes.byref(self._buffer)
         self._workspace = workspace
-        self._finish = None if operation is None else operation.finish
+        self._finish = finish
 
     def __call__(self, xp: Module, pointers: list[int], y: Array, b: Array | None) -> Array:
         self._prepared.launch(xp, self._algorithm, self._workspace, pointers, y.data.ptr)
@@ -232,18 +236,116 @@ class _Plan(NamedTuple):
     capturable: _Way | None
 
 
+class _Chooser:
+    """A product that is met for the first time, and the ways that it may take."""
+
+    def __init__(
+        self,
+        device: _Device,
+        operation: Operation,
+        problem: gemm_plan.Problem,
+        xp: Module,
+        x: Array,
+        w: Array,
+        b: Array | None,
+    ) -> None:
+        dtype = x.dtype.name
+        tf32 = config.tf32 and dtype == "float32"
+        kind = gemm_plan.TF32 if tf32 else gemm_plan.TYPES[dtype]
+        self._device = device
+        self._operation = operation
+        self._xp = xp
+        self._arrays: tuple[Any, ...] = (x, w, b)
+        self._pointers = [array.data.ptr for array in ((x, w) if b is None else (x, w, b))]
+        stack = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        self._shape = (*stack, x.shape[-2], w.shape[-1])
+        epilogues = {"plain": Epilogue.DEFAULT}
+        if operation.fused is not Epilogue.DEFAULT:
+            epilogues["fused"] = operation.fused
+        self._prepared = {
+            name: _Prepared(device.library, device.handle, problem, kind, epilogue)
+            for name, epilogue in epilogues.items()
+        }
+        self.text = _key_text(operation, problem, "tf32" if tf32 else dtype, self._pointers)
+
+    def untimed(self) -> _Plan:
+        """Return the plan that needs no timing: our own kernels after the first algorithm."""
+        found = self._algorithms("plain", 1)
+        way = self._way("plain", *found[0]) if found else None
+        return _Plan(self._shape, way, way)
+
+    def timed(self, times: dict[str, Timed]) -> _Plan:
+        """Return the plan that is fastest by such times of the ways."""
+        chosen = []
+        for allowed in ({*self._prepared, "cupy"}, {*self._prepared}):
+            # CuPy's own only where it is really faster: it costs more of Python's time.
+            ranked = [(times[name].seconds, name == "cupy", name) for name in allowed & {*times}]
+            name = min(ranked)[2] if ranked else "cupy"
+            chosen.append(None if name == "cupy" else self._way(name, *times[name][1:]))
+        return _Plan(self._shape, *chosen)
+
+    def usable(self, times: dict[str, Timed]) -> bool:
+        """Tell whether times are of these ways, and their algorithms such as can run here."""
+        for name, timed in times.items():
+            if name in self._prepared:
+                parts = self._prepared[name].parts
+                needed = self._device.library.accepts(parts, timed.algorithm)
+                if needed is None or not needed <= timed.workspace <= self._device.workspace:
+                    return False
+        return times.keys() <= {*self._prepared, "cupy"}
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield what is to be timed. Each launch makes a result of its own."""
+        for name in self._prepared:
+            may_lose_nan = name == "fused" and self._operation.fused is Epilogue.RELU_BIAS
+            for algorithm in self._algorithms(name, _ALGORITHMS):
+                way = self._way(name, *algorithm)
+                if not may_lose_nan or self._keeps_nan(way):
+                    yield Candidate(name, functools.partial(self._run, way), *algorithm)
+        yield Candidate("cupy", self._run_cupy)
+
+    def _algorithms(self, name: str, count: int) -> list[tuple[bytes, int]]:
+        workspace = self._device.workspace
+        return self._prepared[name].algorithms(count, workspace, self._pointers)
+
+    def _way(self, name: str, algorithm: bytes, workspace: int) -> _Way:
+        finish = self._operation.finish if name == "plain" else None
+        return _Way(self._prepared[name], algorithm, workspace, finish)
+
+    def _fresh(self) -> Array:
+        return self._xp.empty(self._shape, self._arrays[0].dtype)
+
+    def _run(self, way: _Way) -> Array:
+        return way(self._xp, self._pointers, self._fresh(), self._arrays[2])
+
+    def _run_cupy(self) -> Array:
+        x, w, b = self._arrays
+        y = self._xp.matmul(x, w, out=self._fresh())
+        return self._operation.finish(self._xp, y, b)
+
+    def _keeps_nan(self, way: _Way) -> bool:
+        """Tell whether an algorithm's ReLU keeps NaN: most turn it into 0."""
+        b = self._arrays[2]
+        nan = self._xp.asarray(np.full(b.shape, np.nan, b.dtype))
+        try:
+            y = way(self._xp, [*self._pointers[:2], nan.data.ptr], self._fresh(), nan)
+        except cublaslt.CublasLtError:
+            return False
+        return bool(self._xp.isnan(y.astype(np.float32)).all())
+
+
 class _Device:
     """What this process knows of cuBLASLt on one device."""
 
-    def __init__(self, xp: Module, library: cublaslt.Library, number: int) -> None:
+    def __init__(self, library: cublaslt.Library, number: int, xp: Module) -> None:
+        self.library = library
         self.number = number
+        self.handle = library.handle()
         self.plans: dict[Any, _Plan] = {}
-        self._library = library
-        self._handle = library.handle()
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         properties = xp.cuda.runtime.getDeviceProperties(number)
         before = properties["major"] < _HOPPER
-        self._workspace = _WORKSPACE_BEFORE_HOPPER if before else _WORKSPACE
+        self.workspace = _WORKSPACE_BEFORE_HOPPER if before else _WORKSPACE
         self._facts = {
             "gpu": properties["name"].decode(),
             "driver": str(xp.cuda.runtime.driverGetVersion()),
@@ -272,116 +374,32 @@ class _Device:
             if plan is None:
                 if len(self.plans) >= _MAX_PLANS:
                     self.plans.clear()
-                plan = self.plans[key] = self._decide(operation, problem, xp, x, w, b)
+                chooser = _Chooser(self, operation, problem, xp, x, w, b)
+                plan = chooser.untimed() if config.deterministic else self._fastest(chooser, xp)
+                self.plans[key] = plan
         return plan
 
-    def _decide(
-        self,
-        operation: Operation,
-        problem: gemm_plan.Problem,
-        xp: Module,
-        x: Array,
-        w: Array,
-        b: Array | None,
-    ) -> _Plan:
-        dtype = x.dtype.name
-        tf32 = config.tf32 and dtype == "float32"
-        kind = gemm_plan.TF32 if tf32 else gemm_plan.TYPES[dtype]
-        pointers = [array.data.ptr for array in ((x, w) if b is None else (x, w, b))]
-        stack = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-        shape = (*stack, x.shape[-2], w.shape[-1])
-        prepared = {"plain": self._prepare(problem, kind, Epilogue.DEFAULT)}
-        if operation.fused is not Epilogue.DEFAULT:
-            prepared["fused"] = self._prepare(problem, kind, operation.fused)
-
-        def way(name: str, algorithm: bytes, workspace: int) -> _Way:
-            finish = operation if name == "plain" else None
-            return _Way(prepared[name], algorithm, workspace, finish)
-
-        def fresh() -> Array:
-            return xp.empty(shape, x.dtype)
-
-        def launched(run: _Way) -> Array:
-            return run(xp, pointers, fresh(), b)
-
-        def first() -> _Plan:
-            """Return what needs no timing: our own kernels after the algorithm thought best."""
-            found = prepared["plain"].algorithms(1, self._workspace, pointers)
-            chosen = way("plain", *found[0]) if found else None
-            return _Plan(shape, chosen, chosen)
-
-        def candidates() -> Iterator[Candidate]:
-            for name, made in prepared.items():
-                may_lose_nan = name == "fused" and operation.fused is Epilogue.RELU_BIAS
-                for algorithm in made.algorithms(_ALGORITHMS, self._workspace, pointers):
-                    run = way(name, *algorithm)
-                    if may_lose_nan and not _keeps_nan(xp, run, pointers, fresh(), b):
-                        continue
-                    launch = functools.partial(launched, run)
-                    yield Candidate(name, launch, *algorithm)
-            yield Candidate("cupy", lambda: operation.finish(xp, xp.matmul(x, w, out=fresh()), b))
-
-        if config.deterministic:
-            return first()
+    def _fastest(self, chooser: _Chooser, xp: Module) -> _Plan:
         if self._times is None:
             self._times = gemm_choice.Times(self._facts)
-        text = _key_text(operation, problem, dtype, tf32, pointers)
-        times = self._times.get(text)
-        if times is not None and not self._usable(times, prepared):
-            self._times.drop(text, "cuBLASLt does not know an algorithm in it")
+        times = self._times.get(chooser.text)
+        if times is not None and not chooser.usable(times):
+            self._times.drop(chooser.text, "cuBLASLt does not know an algorithm in it")
             times = None
         if times is None:
             try:
-                times = gemm_choice.measure(candidates(), timer(xp))
+                times = gemm_choice.measure(chooser.candidates(), timer(xp))
             except MemoryError:  # there is none to try things out in
-                return first()
-            self._times.put(text, times)
-        return _Plan(
-            shape,
-            *(_fastest(times, way, allowed) for allowed in ({*prepared, "cupy"}, {*prepared})),
-        )
-
-    def _prepare(
-        self, problem: gemm_plan.Problem, kind: gemm_plan.Type, epilogue: Epilogue
-    ) -> _Prepared:
-        return _Prepared(self._library, self._handle, problem, kind, epilogue)
-
-    def _usable(self, times: dict[str, Timed], prepared: dict[str, _Prepared]) -> bool:
-        """Tell whether the algorithms that a file names are algorithms here."""
-        for name, timed in times.items():
-            if name in prepared:
-                needed = self._library.accepts(prepared[name].parts, timed.algorithm)
-                if needed is None or not needed <= timed.workspace <= self._workspace:
-                    return False
-        return times.keys() <= {*prepared, "cupy"}
+                return chooser.untimed()
+            self._times.put(chooser.text, times)
+        return chooser.timed(times)
 
 
 timer = gemm_choice.DeviceTimer
 
 
-def _fastest(
-    times: dict[str, Timed], way: Callable[[str, bytes, int], _Way], allowed: set[str]
-) -> _Way | None:
-    """Return the fastest of the allowed ways; None where it is CuPy's, or there is none."""
-    named = [(times[name].seconds, name == "cupy", name) for name in allowed & times.keys()]
-    if not named:
-        return None
-    name = min(named)[2]
-    return None if name == "cupy" else way(name, *times[name][1:])
-
-
-def _keeps_nan(xp: Module, way: _Way, pointers: list[int], y: Array, b: Any) -> bool:
-    """Tell whether an algorithm's ReLU keeps NaN: most turn it into 0."""
-    nan = xp.asarray(np.full(b.shape, np.nan, b.dtype))
-    try:
-        way(xp, [*pointers[:2], nan.data.ptr], y, nan)
-    except cublaslt.CublasLtError:
-        return False
-    return bool(xp.isnan(y.astype(np.float32)).all())
-
-
 def _key_text(
-    operation: Operation, problem: gemm_plan.Problem, dtype: str, tf32: bool, pointers: list[int]
+    operation: Operation, problem: gemm_plan.Problem, kind: str, pointers: list[int]
 ) -> str:
     """Return a problem as the file of times names it."""
     matrices = [
@@ -393,7 +411,6 @@ def _key_text(
         )
     ]
     aligned = ",".join(str(gemm_plan.alignment(pointer)) for pointer in pointers)
-    kind = "tf32" if tf32 else dtype
     return f"{operation.name} {kind} {' '.join(matrices)} batch {problem.batch} aligned {aligned}"
 
 
@@ -413,7 +430,7 @@ def _device(xp: Module, library: cublaslt.Library) -> _Device | None:
             found = _devices.get(number)
             if found is None:
                 try:
-                    found = _Device(xp, library, number), ""
+                    found = _Device(library, number, xp), ""
                 except cublaslt.CublasLtError as error:
                     found = None, str(error)
                 _devices[number] = found

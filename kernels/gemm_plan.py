@@ -70,7 +70,7 @@ class Problem(NamedTuple):
 
 def is_matrix(shape: Shape, strides: Shape, itemsize: int) -> bool:
     """Tell whether cuBLASLt can read the last two axes where they lie, else they must be copied."""
-    if any(stride % itemsize for stride in strides):
+    if any(stride % itemsize for length, stride in zip(shape, strides, strict=True) if length > 1):
         return False
     return _matrix(shape[-2:], [stride // itemsize for stride in strides[-2:]]) is not None
 

@@ -159,6 +159,13 @@ def test_what_must_be_copied():
     packed = np.zeros(3, [("value", "f4"), ("flag", "i1")])["value"][None]
     assert packed.strides[-1] == 5
     assert not gemm_plan.is_matrix(packed.shape, packed.strides, 4)
+    # One element is contiguous whatever its strides: a copy would be the array itself.
+    one = packed[:, :1]
+    assert one.flags.c_contiguous
+    assert gemm_plan.is_matrix(one.shape, one.strides, 4)
+    assert plan(one, one) == Problem(
+        *(Matrix(1, 1, 1), False, Matrix(1, 1, 1), False, Matrix(1, 1, 1), 1)
+    )
 
 
 def test_alignment():
