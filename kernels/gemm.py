@@ -388,7 +388,8 @@ class _Device:
             times = None
         if times is None:
             try:
-                times = gemm_choice.measure(chooser.candidates(), timer(xp))
+                with gemm_choice.scratch_memory(xp):
+                    times = gemm_choice.measure(chooser.candidates(), timer(xp))
             except MemoryError:  # there is none to try things out in
                 return chooser.untimed()
             self._times.put(chooser.text, times)

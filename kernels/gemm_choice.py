@@ -8,6 +8,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from tapegrad._files import atomic_write
@@ -105,6 +106,15 @@ class DeviceTimer:
             return once
         self._fill()
         return self._between(repeat) / self._REPEATS
+
+
+def scratch_memory(xp: Module) -> AbstractContextManager[Any]:
+    """Let what is made in a `with` block lie in a pool that goes back to the device after it.
+
+    The pool in use may be a captured graph's own, which keeps for good whatever it has once had.
+    """
+    manager: AbstractContextManager[Any] = xp.cuda.using_allocator(xp.cuda.MemoryPool().malloc)
+    return manager
 
 
 def folder() -> str:

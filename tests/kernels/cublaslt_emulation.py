@@ -101,6 +101,7 @@ class FakeCublasLt:
         self.pause = 0.0
         self.no_handle = self.capturing = False
         self.timer: FakeTimer
+        self.in_use: Any = None  # the allocator, where it is not the usual one
         self.objects: dict[int, Any] = {}
         self._numbers = itertools.count(0x1000, 16)
         # Kept here, for ctypes does not keep callbacks alive.
@@ -114,6 +115,15 @@ class FakeCublasLt:
             else:
                 method = getattr(self, f"_{kind}")
             setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(method))
+
+    @contextmanager
+    def allocator(self, malloc: Any) -> Iterator[None]:
+        """Stand in for cupy.cuda.using_allocator: note which one is in use."""
+        before, self.in_use = self.in_use, malloc
+        try:
+            yield
+        finally:
+            self.in_use = before
 
     def _enter(self, where: Any, made: Any) -> int:
         number = next(self._numbers)
@@ -205,6 +215,7 @@ class FakeCublasLt:
         self.launches.append(
             types.SimpleNamespace(
                 epilogue=epilogue, algorithm=index, compute=compute, scale=scale, stream=stream,
+                scratch=self.in_use is not None,
                 a=matrices[0], b=matrices[1], d=matrices[2], workspace=size,
                 transposed=(attributes[3], attributes[4]),
             )
@@ -227,6 +238,7 @@ class FakeTimer:
         self.timed: list[tuple[int, int]] = []
 
     def __call__(self, run: Callable[[], object]) -> float:
+        assert self.fake.in_use == "of a pool", "what is only tried out stays in the user's memory"
         before = len(self.fake.launches)
         run()
         launched = self.fake.launches[before:]
@@ -257,6 +269,8 @@ def cublaslt_on_cpu(
     runtime.getDeviceProperties = lambda number: {"name": b"NVIDIA Fake", "major": major}
     runtime.driverGetVersion = lambda: 13000
     runtime.streamIsCapturing = lambda stream: fake.capturing
+    xp.cuda.MemoryPool = lambda: types.SimpleNamespace(malloc="of a pool")
+    xp.cuda.using_allocator = fake.allocator
     xp.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=STREAM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", xp)

@@ -311,6 +311,7 @@ def test_no_memory_to_time_in(xp, tmp_path):
 def test_a_problem_is_prepared_and_timed_once(xp, lt, monkeypatch):
     x, w, b = map(fake, LAYER)
     gemm.linear(xp, x, w, b)
+    assert not lt.launches[-1].scratch  # what is given out lies in the user's memory
     asked, timed, objects = len(lt.preferences), len(lt.timer.timed), len(lt.objects)
     for _ in range(3):
         gemm.linear(xp, fake(LAYER[0].copy()), w, b)
