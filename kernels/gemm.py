@@ -269,10 +269,16 @@ class _Chooser:
         self.text = _key_text(operation, problem, "tf32" if tf32 else dtype, self._pointers)
 
     def untimed(self) -> _Plan:
-        """Return the plan that needs no timing: our own kernels after the first algorithm."""
-        found = self._algorithms("plain", 1)
-        way = self._way("plain", *found[0]) if found else None
-        return _Plan(self._shape, way, way)
+        """Return the plan that needs no timing: the first algorithm of the first way.
+
+        A bias is added by cuBLASLt; a ReLU is not, which may lose NaN: our own kernel follows.
+        """
+        names = [name for name in self._prepared if not self._may_lose_nan(name)]
+        for name in reversed(names):
+            for algorithm in self._algorithms(name, 1):
+                way = self._way(name, *algorithm)
+                return _Plan(self._shape, way, way)
+        return _Plan(self._shape, None, None)
 
     def timed(self, times: dict[str, Timed]) -> _Plan:
         """Return the plan that is fastest by such times of the ways."""
@@ -297,10 +303,9 @@ class _Chooser:
     def candidates(self) -> Iterator[Candidate]:
         """Yield what is to be timed. Each launch makes a result of its own."""
         for name in self._prepared:
-            may_lose_nan = name == "fused" and self._operation.fused is Epilogue.RELU_BIAS
             for algorithm in self._algorithms(name, _ALGORITHMS):
                 way = self._way(name, *algorithm)
-                if not may_lose_nan or self._keeps_nan(way):
+                if not self._may_lose_nan(name) or self._keeps_nan(way):
                     yield Candidate(name, functools.partial(self._run, way), *algorithm)
         yield Candidate("cupy", self._run_cupy)
 
@@ -322,6 +327,9 @@ class _Chooser:
         x, w, b = self._arrays
         y = self._xp.matmul(x, w, out=self._fresh())
         return self._operation.finish(self._xp, y, b)
+
+    def _may_lose_nan(self, name: str) -> bool:
+        return name == "fused" and self._operation.fused is Epilogue.RELU_BIAS
 
     def _keeps_nan(self, way: _Way) -> bool:
         """Tell whether an algorithm's ReLU keeps NaN: most turn it into 0."""

@@ -286,17 +286,24 @@ def test_without_timing_the_first_algorithm_is_taken(xp, tmp_path, settings):
     seconds = timed(plain=[3, 1, 1], bias=[1, 1, 1], relu=[1, 1, 1], cupy=[1])
     made = FakeCublasLt(keeps_nan=True)
     with cublaslt_on_cpu(xp, tmp_path, made, seconds=seconds), kernels_on_cpu():
-        for launcher in (gemm.matmul, gemm.linear, linear_relu.linear_relu):
+        for launcher, epilogue in [
+            (gemm.matmul, PLAIN),
+            (gemm.linear, BIAS),
+            (linear_relu.linear_relu, PLAIN),  # cuBLASLt's own ReLU may lose NaN
+        ]:
             arrays = LAYER[:2] if launcher is gemm.matmul else LAYER
-            assert chosen(xp, made, launcher, arrays)[0] == [(PLAIN, 0)]
+            assert chosen(xp, made, launcher, arrays)[0] == [(epilogue, 0)]
         assert made.timer.timed == []
         assert list(tmp_path.iterdir()) == []
         settings(deterministic=False)  # what was timed does not count with the setting, nor before
         assert chosen(xp, made, gemm.matmul, LAYER[:2])[0] == [(PLAIN, 1)]
         settings(deterministic=True)
         assert chosen(xp, made, gemm.matmul, LAYER[:2])[0] == [(PLAIN, 0)]
+        made.algorithms = {BIAS: 0}
+        x, w, b = integers(9, 3), *LAYER[1:]
+        assert chosen(xp, made, gemm.linear, (x, w, b))[0] == [(PLAIN, 0)]
         made.algorithms = {PLAIN: 0}
-        assert chosen(xp, made, gemm.matmul, (integers(9, 3), LAYER[1]))[0] == []
+        assert chosen(xp, made, gemm.matmul, (x, w))[0] == []
 
 
 def test_no_memory_to_time_in(xp, tmp_path):
