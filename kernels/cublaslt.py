@@ -10,9 +10,8 @@ import ctypes
 import enum
 import functools
 import weakref
+from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any
-
-from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p  # isort: skip
 
 _NAMES = ("libcublasLt.so.13", "libcublasLt.so.12", "cublasLt64_13.dll", "cublasLt64_12.dll")
 ALGORITHM_BYTES = 64
@@ -81,6 +80,10 @@ _STATUS = {
     15: "not supported",
     16: "license error",
 }
+
+
+# What is answered for a problem that the library or the device has no algorithm for.
+_NONE_FOR_IT = (7, 8, 15)
 
 
 class HeuristicResult(ctypes.Structure):
@@ -223,7 +226,7 @@ class Library:
         name = "cublasLtMatmulAlgoGetHeuristic"
         pointers = [part.pointer for part in (*problem, preference)]
         status = getattr(self._functions, name)(*pointers, count, results, ctypes.byref(found))
-        if status == 15:  # not supported: there are none
+        if status in _NONE_FOR_IT:
             return []
         _check(name, status)
         return [

@@ -84,7 +84,8 @@ def multiply(
 class FakeCublasLt:
     """The C functions of cuBLASLt; what they were asked is kept.
 
-    found       how many algorithms there are; `algorithms` says it for one epilogue's number.
+    found       how many algorithms there are; `algorithms` says it for one epilogue's number. A
+                status of failure is written with a minus.
     keeps_nan   whether the RELU epilogue keeps NaN; the real one is said not to.
     failing     pairs (epilogue, algorithm) whose launch fails.
     unusable    algorithms that the heuristic and the check answer with a state of failure.
@@ -162,8 +163,8 @@ class FakeCublasLt:
         if epilogue != 1:
             assert self.objects[desc].attributes[8], "the bias's address says how it is aligned"
         number = self.algorithms.get(epilogue, self.found)
-        if number == 0:
-            return UNSUPPORTED
+        if number <= 0:
+            return -number or UNSUPPORTED
         found[0] = min(count, number)
         for i in range(found[0]):
             results[i].algorithm[:] = bytes([epilogue, i] + [0] * 62)

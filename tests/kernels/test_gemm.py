@@ -268,9 +268,14 @@ def test_what_the_library_refuses_is_no_candidate(xp, tmp_path):
     with cublaslt_on_cpu(xp, tmp_path, made, seconds=seconds):
         assert chosen(xp, made, gemm.linear, LAYER)[0] == [(BIAS, 1)]
         assert chosen(xp, made, gemm.matmul, LAYER[:2])[0] == [(PLAIN, 0)]
-        made.algorithms = {BIAS: 0}  # status "not supported": no algorithm at all
-        x, w, b = integers(7, 3), *LAYER[1:]
-        assert chosen(xp, made, gemm.linear, (x, w, b))[0] == [(PLAIN, 0)]
+        w, b = LAYER[1:]
+        for n, status in enumerate((0, -7, -8, -15)):  # no algorithm at all
+            made.algorithms = {BIAS: status}
+            x = integers(20 + n, 3)
+            assert chosen(xp, made, gemm.linear, (x, w, b))[0] == [(PLAIN, 0)]
+        made.algorithms = {PLAIN: -14}
+        with pytest.raises(cublaslt.CublasLtError, match="GetHeuristic failed with status 14: int"):
+            gemm.matmul(xp, fake(integers(30, 3)), fake(w))
         made.algorithms = {PLAIN: 0}
         assert chosen(xp, made, gemm.matmul, (x, w))[0] == []
         made.algorithms, made.unusable, made.failing = {}, {1}, set()
