@@ -61,26 +61,29 @@ def for_rows(rows: int, block: int, size: int, work: Callable[[slice, int], None
         _lane(work, block, 0, 0, rows)
         return
     share = max(1, -(-rows // count // block)) * block
-    starts = range(0, rows, share)
-    # Each lane in a copy of this thread's context: NumPy keeps there what it warns of.
-    lane = [
+    # Each lane but this thread's own in a copy of its context: NumPy keeps there what it warns of.
+    others = [
         _threads().submit(
-            contextvars.copy_context().run, _lane, work, block, i, s, min(s + share, rows)
+            contextvars.copy_context().run, _lane, work, block, i, start, min(start + share, rows)
         )
-        for i, s in enumerate(starts)
+        for i, start in enumerate(range(share, rows, share), 1)
     ]
-    _wait(lane)
-
-
-def _wait(lanes: list[Future[None]]) -> None:
-    """Wait for all lanes, Ctrl-C or not: they write to memory that is used again; then raise."""
     problem: BaseException | None = None
+    try:
+        _lane(work, block, 0, 0, min(share, rows))
+    except BaseException as error:
+        problem = error
+    _wait(others, problem)
+
+
+def _wait(lanes: list[Future[None]], problem: BaseException | None) -> None:
+    """Wait for all lanes, Ctrl-C or not: they write to memory that is used again; then raise."""
     for lane in lanes:
         while not lane.done():
             try:
                 lane.exception()
             except BaseException as interrupt:  # of this thread, not of the lane
-                problem = interrupt
+                problem = problem or interrupt
     for lane in lanes:
         problem = problem or lane.exception()
     if problem is not None:

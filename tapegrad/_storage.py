@@ -67,24 +67,40 @@ class Buffer:
     def before_write(self, target: Array) -> None:
         """End the versions that `target` shows, and move the Tensors that still read them."""
         # With one member the target is all there is to overlap: the bounds (2 us) need no asking.
-        everything = len(self._members) <= 1 or target.size == self.array.size
-        low, high = (0, 0) if everything else byte_bounds(target)
+        if len(self._members) <= 1 or target.size == self.array.size:
+            for member_ref in self._members:
+                if (member := member_ref()) is not None:
+                    member._tensor = None
+            for ref in self._tensors:
+                if (tensor := ref()) is not None:
+                    tensor._array = tensor._array.copy()
+            self._tensors = []
+            self.shown = False
+            return
+        low, high = byte_bounds(target)
         for member_ref in self._members:
             member = member_ref()
-            if member is not None and (everything or _overlaps(member._array, low, high)):
+            if member is not None and _overlaps(member._array, low, high):
                 member._tensor = None
         kept = []
         for ref in self._tensors:
             tensor = ref()
             if tensor is None:
                 continue
-            if everything or _overlaps(tensor._array, low, high):
+            if _overlaps(tensor._array, low, high):
                 tensor._array = tensor._array.copy()
             else:
                 kept.append(ref)
         self._tensors = kept
-        if everything:
-            self.shown = False
+
+    def revoke(self, instead: Any) -> None:
+        """Let all Tensors that show this memory have something else instead of their arrays."""
+        for ref in self._tensors:
+            tensor = ref()
+            if tensor is not None:
+                tensor._array = instead
+        self._tensors.clear()
+        self.shown = False
 
 
 def _overlaps(array: Array, low: int, high: int) -> bool:

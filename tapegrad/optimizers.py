@@ -12,15 +12,18 @@ import numpy as np
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
 from tapegrad._flat_update import FlatUpdate
-from tapegrad._recording import no_record
+from tapegrad._recording import no_record, state
 from tapegrad._storage import Buffer
 from tapegrad._structure import flatten
 from tapegrad.errors import TapeWarning
 from tapegrad.kernels import optimizers as kernels
-from tapegrad.linear import fit
+from tapegrad.linear import cast, reshape
 from tapegrad.primitive import Update
 from tapegrad.tensor import Operand, Tensor
-from tapegrad.variable import Variable, over_memory
+from tapegrad.variable import Variable, assign_add, over_memory
+
+# Elements from which copying gradients to one place costs more than a call for each.
+_APART = 1 << 16
 
 # Each variable begins at a multiple of so many bytes: what GPU loads and GEMMs want.
 _ALIGNMENT = 256
@@ -208,6 +211,9 @@ class _Run(NamedTuple):
     slots: tuple[Variable, ...]
     gradients: Variable
     places: tuple[int, ...]  # of each gradient, from the beginning of the run
+    # A run for each of them, where that costs less than to gather the gradients: on NumPy, and
+    # not in a program, which computes them where they are gathered.
+    parts: tuple[_Run, ...]
 
 
 class _Group:
@@ -268,11 +274,13 @@ class _Group:
             known = self._runs[present] = [(self._run(s), s) for s in stretches]
         return known
 
-    def _run(self, stretch: list[int]) -> _Run:
+    def _run(self, stretch: list[int], padded: bool = True) -> _Run:
         start, last = self._places[stretch[0]], stretch[-1]
-        whole = last + 1 == len(self.members)
-        end = self._flat.size if whole else self._places[last] + self.members[last].size
+        end = self._places[last] + self.members[last].size
+        if padded and last + 1 == len(self.members):
+            end = self._flat.size  # then a write is one of the whole buffer, which is told faster
         part = slice(start, end)
+        apart = self._xp is np and end - start >= _APART and len(stretch) > 1
         return _Run(
             over_memory(self._buffer, self._flat[part]),
             tuple(
@@ -281,6 +289,7 @@ class _Group:
             ),
             over_memory(self._gradient_buffer, self._gradients[part]),
             tuple(self._places[i] - start for i in stretch),
+            tuple(self._run([i], padded=False) for i in stretch) if apart else (),
         )
 
     def slot_of(self, variable: Variable, slot: int) -> Array:
@@ -304,6 +313,7 @@ class Optimizer:
 
     def __init__(self, name: str | None = None, **hyperparameters: float) -> None:
         self.name = name or type(self).__name__.lower()
+        # In the order in which the update takes them.
         self._hyperparameters: dict[str, Variable] = {}
         for key, value in hyperparameters.items():
             value = float(value)
@@ -318,6 +328,8 @@ class Optimizer:
         self._groups: list[_Group] = []
         self._place_of: dict[int, tuple[_Group, int]] = {}
         self._warned: set[int] = set()
+        self._known_runs: list[tuple[_Run, list[int]]] = []  # of the last step's variables
+        self._known_for: list[int] = []
 
     def __getattr__(self, name: str) -> Variable:
         found: dict[str, Variable] = self.__dict__.get("_hyperparameters", {})
@@ -350,44 +362,67 @@ class Optimizer:
         >>> print(w.value())
         tg.Tensor([0. 1.], shape=(2,), dtype=float32)
         """
-        pairs = self._checked(grads_and_vars)
+        gradients, variables = self._checked(grads_and_vars)
         with no_record():
-            self._pack([variable for _, variable in pairs])
-            self._iterations.assign_add(1)
-            given = {variable.id: g for g, variable in pairs}
-            for group in self._groups:
-                found = [given.get(member.id) for member in group.members]
-                present = tuple([g is not None for g in found])
-                for run, stretch in group.runs(present):
-                    gradients = [
-                        fit(g, g.shape, group.dtype)
-                        for g in (found[i] for i in stretch)
-                        if g is not None
-                    ]
-                    gather_gradients(run.gradients, *gradients, places=run.places)
-                    self._update(run.parameters, run.slots, run.gradients)
+            # A program updates the same variables in every step: where they lie is found once.
+            key = [
+                v.id if g is not None else -v.id for g, v in zip(gradients, variables, strict=True)
+            ]
+            if key != self._known_for:
+                self._known_runs, self._known_for = self._runs(gradients, variables), key
+            assign_add(self._iterations, 1)
+            for run, given in self._known_runs:
+                dtype = run.gradients._array.dtype
+                chosen = [
+                    g if g._array.dtype == dtype else cast(g, dtype=dtype)
+                    for i in given
+                    if (g := gradients[i]) is not None
+                ]
+                if run.parts and not state.recorders:
+                    memory = run.parameters
+                    memory._buffer.before_write(memory._array)  # at once, not part by part
+                    for part, g in zip(run.parts, chosen, strict=True):
+                        self._update(part.parameters, part.slots, reshape(g, shape=(g.size,)))
+                    continue
+                gather_gradients(run.gradients, *chosen, places=run.places)
+                self._update(run.parameters, run.slots, run.gradients)
+
+    def _runs(
+        self, gradients: list[Tensor | None], variables: list[Variable]
+    ) -> list[tuple[_Run, list[int]]]:
+        """Return the runs of variables that have a gradient, and which gradients each takes."""
+        self._pack(variables)
+        at = {v.id: i for i, v in enumerate(variables) if gradients[i] is not None}
+        return [
+            (run, [at[group.members[k].id] for k in stretch])
+            for group in self._groups
+            for run, stretch in group.runs(tuple([v.id in at for v in group.members]))
+        ]
 
     def apply(self, gradients: Any, variables: Any) -> None:
         """Take one step with structures of gradients and of variables that correspond."""
         self.apply_gradients(zip(flatten(gradients), flatten(variables), strict=True))
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
         raise NotImplementedError
 
-    def _checked(self, grads_and_vars: Iterable[Any]) -> list[tuple[Tensor | None, Variable]]:
-        pairs: list[tuple[Tensor | None, Variable]] = []
+    def _checked(self, grads_and_vars: Iterable[Any]) -> tuple[list[Tensor | None], list[Variable]]:
+        """Return the gradients and the variables of the pairs."""
+        gradients: list[Tensor | None] = []
+        variables: list[Variable] = []
         seen: set[int] = set()
         missing = []
-        for i, pair in enumerate(grads_and_vars):
+        for pair in grads_and_vars:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(
-                    f"grads_and_vars[{i}] must be a pair (gradient, variable), got {pair!r}"
+                    f"grads_and_vars[{len(variables)}] must be a pair (gradient, variable), "
+                    f"got {pair!r}"
                 )
             g, variable = pair
             if not isinstance(variable, Variable):
                 raise TypeError(
-                    f"grads_and_vars[{i}][1] must be a Variable, got a {type(variable).__name__}: "
-                    "the gradient comes first, the variable second"
+                    f"grads_and_vars[{len(variables)}][1] must be a Variable, got a "
+                    f"{type(variable).__name__}: the gradient comes first, the variable second"
                 )
             if variable.id in seen:
                 raise ValueError(f"variable {variable.name!r} is given twice: add its gradients")
@@ -397,14 +432,16 @@ class Optimizer:
                     self._warned.add(variable.id)
                     missing.append(variable.name)
             else:
-                g = g._read() if isinstance(g, Operand) else Tensor(g)
-                if g.shape != variable.shape:
+                if type(g) is not Tensor:
+                    g = g._read() if isinstance(g, Operand) else Tensor(g)
+                if g._array.shape != variable._array.shape:
                     raise ValueError(
                         f"variable {variable.name!r} has shape {variable.shape}, "
                         f"its gradient {g.shape}"
                     )
-            pairs.append((g, variable))
-        if not pairs:
+            gradients.append(g)
+            variables.append(variable)
+        if not variables:
             raise ValueError("no gradients were given: the model has no trainable variables")
         if missing:
             warnings.warn(
@@ -413,7 +450,7 @@ class Optimizer:
                 TapeWarning,
                 stacklevel=3,
             )
-        return pairs
+        return gradients, variables
 
     def _pack(self, variables: list[Variable]) -> None:
         """Give variables seen for the first time their place and their slots."""
@@ -484,11 +521,12 @@ class SGD(Optimizer):
         if self._has_momentum:
             self._SLOTS = ("velocity",)
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
         if not self._has_momentum:
-            sgd_update(p, g, self.learning_rate)
+            sgd_update(p, g, self._hyperparameters["learning_rate"])
             return
-        momentum_update(p, *slots, g, self.learning_rate, self.momentum, nesterov=self._nesterov)
+        settings = self._hyperparameters.values()
+        momentum_update(p, *slots, g, *settings, nesterov=self._nesterov)
 
 
 class Adagrad(Optimizer):
@@ -519,8 +557,8 @@ class Adagrad(Optimizer):
             )
         self._START = (float(initial_accumulator_value),)
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
-        adagrad_update(p, *slots, g, self.learning_rate, self.epsilon)
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
+        adagrad_update(p, *slots, g, *self._hyperparameters.values())
 
 
 class RMSprop(Optimizer):
@@ -544,8 +582,8 @@ class RMSprop(Optimizer):
         _below_one("RMSprop", rho=rho)
         super().__init__(name, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
-        rmsprop_update(p, *slots, g, self.learning_rate, self.rho, self.epsilon)
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
+        rmsprop_update(p, *slots, g, *self._hyperparameters.values())
 
 
 class Adam(Optimizer):
@@ -582,18 +620,8 @@ class Adam(Optimizer):
             weight_decay=self._DECAY if weight_decay is None else weight_decay,
         )
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Variable) -> None:
-        adam_update(
-            p,
-            *slots,
-            g,
-            self._iterations,
-            self.learning_rate,
-            self.beta_1,
-            self.beta_2,
-            self.epsilon,
-            self.weight_decay,
-        )
+    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
+        adam_update(p, *slots, g, self._iterations, *self._hyperparameters.values())
 
 
 class AdamW(Adam):

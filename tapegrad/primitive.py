@@ -68,7 +68,7 @@ class Primitive:
         # With None for every input the results are constants. Without any rule they are not: then
         # somebody forgot one, and the reverse pass says so.
         self.differentiable = joint_vjp is not None or not vjps or any(vjps)
-        self._saved: dict[tuple[int, int], tuple[tuple[bool, ...], bool]] = {}
+        self._saved: dict[tuple[int, int], tuple[tuple[int, ...], bool]] = {}
         if joint_vjp is not None:
             self._reads: list[_Reads | None] = [_Reads(joint_vjp, skip=2)]
         else:
@@ -205,8 +205,8 @@ class Primitive:
                 break
         return kind(f"[{self.name}] {text} (got {got})")
 
-    def saved_for(self, mask: int, count: int) -> tuple[tuple[bool, ...], bool]:
-        """Return which of `count` inputs, and whether the output, the rules read.
+    def saved_for(self, mask: int, count: int) -> tuple[tuple[int, ...], bool]:
+        """Return which of `count` inputs no rule reads, and whether one reads the output.
 
         Bit i of `mask` says that input i's gradient may be asked for.
         """
@@ -219,7 +219,7 @@ class Primitive:
                 active = [reads for i, reads in enumerate(self._reads) if mask >> i & 1]
             used = [reads for reads in active if reads is not None]
             answer = (
-                tuple(any(reads.input(i) for reads in used) for i in range(count)),
+                tuple(i for i in range(count) if not any(reads.input(i) for reads in used)),
                 any(reads.output for reads in used),
             )
             self._saved[key] = answer
@@ -396,13 +396,16 @@ class Update:
     def __call__(self, *inputs: Any, **params: Any) -> None:
         """Write; whoever still reads the old values keeps them."""
         recorders = state.recorders
-        for x in inputs[self.writes :]:
-            if recorders and isinstance(x, Operand):
-                x._read()  # which they may want to know of
+        if recorders:
+            for x in inputs[self.writes :]:
+                if isinstance(x, Operand):
+                    x._read()  # which they may want to know of
         for variable in inputs[: self.writes]:
             for recorder in recorders:
                 recorder.writing(variable)
-            variable._buffer.before_write(variable._array)
+            buffer = variable._buffer
+            if buffer.shown:
+                buffer.before_write(variable._array)
         # Fetched only now: a value that was a view of what is written has just been moved.
         self.compute([x if isinstance(x, (float, int)) else x._array for x in inputs], params)
         for recorder in recorders:

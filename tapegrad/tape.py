@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -84,13 +85,14 @@ def _node(
     params: dict[str, Any],
     mask: int,
 ) -> Node:
-    keep, keep_output = primitive.saved_for(mask, len(inputs))
+    dropped, keep_output = primitive.saved_for(mask, len(inputs))
     saved = inputs
-    if False in keep:
-        saved = [
-            x if kept or type(x) is not Tensor else _spec(x)
-            for x, kept in zip(inputs, keep, strict=True)
-        ]
+    if dropped:
+        saved = list(inputs)
+        for i in dropped:
+            x = saved[i]
+            if type(x) is Tensor:
+                saved[i] = _spec(x)
     results = outputs if keep_output else tuple([_spec(y) for y in outputs])
     where = None if primitive.vjps or primitive.joint_vjp else user_location()
     return _make_tuple(Node, (primitive, tuple(saved), results, params, mask, where))
@@ -100,6 +102,7 @@ def _bits(mask: int) -> tuple[int, ...]:
     return tuple(i for i in range(mask.bit_length()) if mask >> i & 1)
 
 
+_NEVER = sys.maxsize
 _BITS = tuple(_bits(mask) for mask in range(64))  # most operations have few inputs
 
 
@@ -235,7 +238,7 @@ class GradientTape:
         """Note that a Variable was read."""
         if version.id in self._watched:
             return
-        if variable.id in self._asked or (self._watch_accessed and variable._trainable):
+        if (self._watch_accessed and variable._trainable) or variable.id in self._asked:
             self._watch_version(variable, version)
 
     def writing(self, variable: Variable) -> None:
@@ -244,11 +247,14 @@ class GradientTape:
     def _watch_version(self, variable: Variable, version: Tensor) -> None:
         if not is_floating(version._array.dtype):
             return
-        self._watch_id(version.id)
-        versions = self._versions.setdefault(variable.id, [])
-        if version.id not in versions:
-            versions.append(version.id)
-        self._variables[variable.id] = variable
+        key, name = version.id, variable.id
+        self._watch_id(key)
+        versions = self._versions.get(name)
+        if versions is None:
+            self._versions[name] = [key]
+            self._variables[name] = variable
+        elif key not in versions:
+            versions.append(key)
 
     def _watch_id(self, key: int) -> None:
         if key not in self._watched:
@@ -568,7 +574,8 @@ class GradientTape:
         for x in sources:
             if isinstance(x, Variable):
                 wanted.update(self._versions.get(x.id, ()))
-                wanted.add(_current(x).id)
+                if x._tensor is not None:  # the target itself, perhaps
+                    wanted.add(x._tensor.id)
             else:
                 wanted.add(x.id)
         return wanted
@@ -598,7 +605,7 @@ class GradientTape:
         nodes = self._nodes
         for index in range(len(nodes) - 1, -1, -1):
             node = nodes.pop() if consume else nodes[index]
-            outputs = node.outputs
+            outputs = node[2]
             y: Any
             g: Any
             if len(outputs) == 1:
@@ -617,7 +624,7 @@ class GradientTape:
                 if all(part_g is None for part_g in g):
                     continue
             try:
-                self._pull_through(node, index, g, y, needed, gradients)
+                _pull_through(node, index, g, y, needed, gradients)
             except Exception as error:
                 error.add_note(f"raised in the gradient of {node.primitive.name}")
                 if not self._persistent:
@@ -628,55 +635,14 @@ class GradientTape:
                 results[key] = gradients[key]
         return results
 
-    def _pull_through(
-        self,
-        node: Node,
-        index: int,
-        g: Any,
-        y: Any,
-        needed: dict[int, int],
-        gradients: dict[int, Tensor],
-    ) -> None:
-        """Run one node's rules and add what they answer to its inputs' gradients."""
-        primitive, inputs, _, params, mask, where = node
-        positions = _BITS[mask] if mask < 64 else _bits(mask)
-        vjps = primitive.vjps
-        if vjps:
-            for i in positions:
-                rule = vjps[i]
-                if rule is None:
-                    continue
-                x = inputs[i]
-                since = needed.get(x.id)
-                if since is None or since > index:
-                    continue
-                _accumulate(gradients, x, rule(g, y, *inputs, **params))
-        elif primitive.joint_vjp is not None:
-            needs = [False] * len(inputs)
-            for i in positions:
-                since = needed.get(inputs[i].id)
-                needs[i] = since is not None and since <= index
-            if not any(needs):
-                return
-            answers = primitive.joint_vjp(tuple(needs), g, y, *inputs, **params)
-            for x, wants, answer in zip(inputs, needs, answers, strict=True):
-                if wants:
-                    _accumulate(gradients, x, answer)
-        elif any(needed.get(inputs[i].id, index + 1) <= index for i in positions):
-            raise LookupError(
-                f"no gradient rule is defined for {primitive.name}, called at {where}: "
-                "wrap the call in tg.custom_gradient, or in tg.stop_gradient"
-            )
-
     def _answer(self, source: Operand, results: dict[int, Tensor]) -> Tensor | None:
-        if not is_floating(source.dtype):
-            return None
         if not isinstance(source, Variable):
             return results.get(source.id)
         total: Tensor | None = None
-        keys = [*self._versions.get(source.id, ())]
-        if source._tensor is not None and source._tensor.id not in keys:
-            keys.append(source._tensor.id)
+        keys = self._versions.get(source.id, ())
+        current = source._tensor
+        if current is not None and current.id not in keys:
+            keys = [*keys, current.id]
         for key in keys:
             part = results.get(key)
             if part is not None:
@@ -747,19 +713,45 @@ class GradientTape:
         raise TypeError("a GradientTape cannot be pickled or copied: keep the gradients, which can")
 
 
-def _accumulate(gradients: dict[int, Tensor], x: Any, g: Tensor | None) -> None:
-    """Add one path's gradient to the input's, at the input's own shape and dtype."""
-    if g is None:
+def _pull_through(
+    node: Node,
+    index: int,
+    g: Any,
+    y: Any,
+    needed: dict[int, int],
+    gradients: dict[int, Tensor],
+) -> None:
+    """Run one node's rules and add what they answer to its inputs' gradients."""
+    primitive, inputs, _, params, mask, where = node
+    positions = _BITS[mask] if mask < 64 else _bits(mask)
+    rules: Any = primitive.vjps
+    answers: Any = None  # of a rule for all inputs at once
+    wanted = [i for i in positions if needed.get(inputs[i].id, _NEVER) <= index]
+    if not wanted:
         return
-    array = g._array
-    if type(x) is Tensor:
-        source = x._array
+    if not rules:
+        if primitive.joint_vjp is None:
+            raise LookupError(
+                f"no gradient rule is defined for {primitive.name}, called at {where}: "
+                "wrap the call in tg.custom_gradient, or in tg.stop_gradient"
+            )
+        needs = tuple([i in wanted for i in range(len(inputs))])
+        answers = primitive.joint_vjp(needs, g, y, *inputs, **params)
+    for i in wanted:
+        x = inputs[i]
+        if rules:
+            answer = None if rules[i] is None else rules[i](g, y, *inputs, **params)
+        else:
+            answer = answers[i]
+        if answer is None:
+            continue
+        # At the input's own shape and type, whatever was spread or promoted.
+        array = answer._array
+        source = x._array if type(x) is Tensor else x
         if array.shape != source.shape or array.dtype != source.dtype:
-            g = fit(g, source.shape, source.dtype)
-    elif array.shape != x.shape or array.dtype != x.dtype:
-        g = fit(g, x.shape, x.dtype)
-    earlier = gradients.get(x.id)
-    gradients[x.id] = g if earlier is None else add(earlier, g)
+            answer = fit(answer, source.shape, source.dtype)
+        earlier = gradients.get(x.id)
+        gradients[x.id] = answer if earlier is None else add(earlier, answer)
 
 
 def _current(x: Operand) -> Tensor:

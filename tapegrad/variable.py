@@ -114,16 +114,21 @@ class Variable(Operand):
         recorders = state.recorders
         if version is None or (recorders and version.id < recorders[0].since):
             version = self._tensor = self._version()
-            self._buffer.shown = True
         for recorder in recorders:
             recorder.accessed(self, version)
         return version
 
     def _version(self) -> Tensor:
+        version = _new(Tensor)
+        version.id = next_id()
         array = self._array
         if array.ndim == 0 and isinstance(array, np.ndarray):
-            return wrap(array[()])  # a NumPy scalar: a value of its own, and ten times faster
-        return wrap(array)
+            version._array = array[()]  # a NumPy scalar: a value of its own, and ten times faster
+            self._buffer.shown = True
+        else:
+            version._array = array
+            self._buffer.register(version)
+        return version
 
     @property
     def trainable(self) -> bool:

@@ -30,6 +30,9 @@ class CudaError(RuntimeError):
     """What CUDA would refuse, or let pass and go wrong."""
 
 
+storages = weakref.WeakSet()
+
+
 class Storage:
     """Bytes of a device, and who touched them last: stamps (stream, tick)."""
 
@@ -40,6 +43,8 @@ class Storage:
         self.written = None
         self.read = {}
         self.handle = lambda: None  # of the array that they are now given to
+        self.address = np.frombuffer(self.bytes, np.uint8).__array_interface__["data"][0]
+        storages.add(self)
 
 
 class Handle(np.ndarray):
@@ -177,8 +182,7 @@ class Address:
         self.handle = weakref.ref(handle)
         self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
         first = np.ndarray.__array_interface__.__get__(array)["data"][0]
-        start = np.frombuffer(self.storage.bytes, np.uint8).__array_interface__["data"][0]
-        self.offset = first - start
+        self.offset = first - self.storage.address
         reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
         self.low = self.offset + sum(r for r in reach if r < 0)
         self.high = self.offset + sum(r for r in reach if r > 0) + self.dtype.itemsize
@@ -419,6 +423,17 @@ class Device:
         if capture is not None:
             capture.nodes[-1].run = run
 
+    def memory_at(self, address, size):
+        """Return the bytes at an address as an array."""
+        for storage in storages:
+            offset = address - storage.address
+            if offset >= 0 and offset + size <= len(storage.bytes):
+                handle = storage.handle()
+                if handle is None:
+                    raise CudaError(f"the memory at {address:#x} was given back")
+                return np.ndarray.__new__(FakeArray, (size,), np.uint8, handle, offset)
+        raise CudaError(f"there is no memory at {address:#x}")
+
     def to_host(self, array):
         """Copy an array to the host, which waits for its stream."""
         if self.stream.capture is None:
@@ -550,7 +565,8 @@ class FakeArray(np.ndarray):
 
     @property
     def data(self):
-        return types.SimpleNamespace(ptr=_plain_view(self).__array_interface__["data"][0])
+        address = _plain_view(self).__array_interface__["data"][0]
+        return types.SimpleNamespace(ptr=address, device_id=0)
 
     @property
     def device(self):

@@ -151,6 +151,21 @@ def test_third_order():
     )
 
 
+def test_mean_loss_passes_its_upstream_gradient_on():
+    # Times 1 nothing need be computed, but what is recorded still depends on the 1.
+    x, labels = tg.Variable([[0.5, -1.0], [2.0, 0.0]]), [0, 1]
+    with tg.GradientTape() as outer:
+        weight = tg.constant(1.0)
+        outer.watch(weight)
+        with tg.GradientTape() as inner:
+            loss = tg.nn.softmax_cross_entropy(x, labels)
+        g = inner.gradient(loss, x, output_gradients=weight)
+        length = tg.sum(g * g)
+    p = tg.nn.softmax(x).numpy() - np.eye(2)[labels]
+    np.testing.assert_allclose(g.numpy(), p / 2, rtol=1e-6)
+    np.testing.assert_allclose(outer.gradient(length, weight), 2 * (p / 2) ** 2 @ [1, 1] @ [1, 1])
+
+
 def test_nan_stays_nan_and_its_gradient_is_zero():
     x = tg.Variable([[np.nan, 1.0]])
     w, b = tg.constant(np.eye(2, dtype="f4")), tg.zeros(2)

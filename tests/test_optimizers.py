@@ -326,10 +326,8 @@ def test_blocks_cover_every_element_once(monkeypatch, threads):
 
         _blocks.for_blocks(size, work)
         assert (seen == 1).all()
-        if size < 40 or threads == 1:
-            assert workers <= {threading.get_ident()}
-        else:
-            assert threading.get_ident() not in workers
+        assert (threading.get_ident() in workers) == (size > 0)  # this thread does its part
+        assert len(workers) <= (1 if size < 40 else threads)
 
 
 def test_what_a_block_raises_is_raised(monkeypatch):

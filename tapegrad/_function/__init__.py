@@ -2,10 +2,15 @@
 
 recording   listens to one call of a function, and writes down every primitive.
 program     what it wrote: the list of steps. The only intermediate representation there is.
-rewrites    the same values by fewer or better steps.
+rewrites    the same values by fewer or better steps: nothing twice, nothing in vain, writes last.
+simplify    the table of rewrites that can be switched off, in their order:
+patterns    what people write by hand, found and replaced by the fused primitives;
+algebra     small identities;
+layout      how values of small networks are stored.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
+lease       results in the program's own memory, for who asks for it.
 schedule    on a GPU: the order of a program's steps on two branches, and who waits for whom.
 device      their launching, one by one or as a CUDA graph.
 graphs      the capture of CUDA graphs, and their memory.

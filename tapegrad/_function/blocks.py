@@ -183,19 +183,28 @@ def _run(
 
 
 class SoftmaxCrossEntropy:
-    """Losses of rows and their gradients in one pass over memory: the meaning's operations.
+    """Losses of rows and their gradients in one pass over memory.
 
     factor  by which the gradient is multiplied afterwards, or None.
+    exact   whether every operation is the meaning's own. Else sums are products with ones, and
+            dividing by them is one product with the factor: three passes over a block fewer.
     """
 
     __name__ = "softmax_cross_entropy"
 
     def __init__(
-        self, shape: tuple[int, int], dtype: Any, meaning: Callable[..., Any], factor: Any
+        self,
+        shape: tuple[int, int],
+        dtype: Any,
+        meaning: Callable[..., Any],
+        factor: Any,
+        exact: bool,
     ) -> None:
         self._shape = shape
         self._meaning = meaning
         self._factor = factor
+        self._share = np.array(1 if factor is None else factor, dtype)
+        self._ones = None if exact else np.ones(shape[1], dtype)
         rows, classes = shape
         self._block = max(1, BLOCK // classes)
         block = min(self._block, rows)
@@ -225,17 +234,25 @@ class SoftmaxCrossEntropy:
             flat = p.reshape(-1)
             flat.take(place, None, picked, "clip")
             np.exp(p, p)
-            np.add.reduce(p, 1, None, total, keepdims=True)
+            if self._ones is None:
+                np.add.reduce(p, 1, None, total, keepdims=True)
+            else:
+                p.dot(self._ones, total[:, 0])
             np.log(total[:, 0], loss)
             np.subtract(loss, picked, loss)
+            special = np.isnan(total).any()
             if gradient is not None:
-                np.divide(p, total, p)
+                if self._ones is None:
+                    np.divide(p, total, p)
+                else:
+                    np.divide(self._share, total, total)
+                    np.multiply(p, total, p)
                 flat.take(place, None, picked, "clip")
-                np.subtract(picked, picked.dtype.type(1), picked)
+                np.subtract(picked, 1 if self._ones is None else self._share, picked)
                 flat.put(place, picked)
-                if self._factor is not None:
+                if self._ones is None and self._factor is not None:
                     np.multiply(p, self._factor, p)
-            if np.isnan(total).any():  # rows of -inf alone or with a NaN: as the meaning says
+            if special:  # rows of -inf alone or with a NaN: as the meaning says
                 answer = self._meaning(x, t)
                 if gradient is None and not isinstance(answer, tuple):
                     loss[...] = answer

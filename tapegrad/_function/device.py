@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tapegrad import _backend, _storage
-from tapegrad._backend import Array, byte_bounds, owner_of
+from tapegrad._backend import Array, Module, byte_bounds, owner_of
 from tapegrad._function.graphs import Graph, Workplace
+from tapegrad._function.lease import Lease
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.replay import Replay, Writes, _tensor
 from tapegrad._function.schedule import MAIN, SECOND, START, Schedule
@@ -19,6 +20,7 @@ from tapegrad._storage import lies_in_buffer
 from tapegrad.config import config
 from tapegrad.errors import TapeWarning
 from tapegrad.primitive import MultiPrimitive, Update
+from tapegrad.tensor import wrap
 from tapegrad.variable import Variable
 
 # Launches a program in a workplace, for these inputs; returns the result arrays.
@@ -46,6 +48,7 @@ class DeviceReplay(Replay):
         self._memory_of = [(v, v._array) for v in self.variables()]
         for _, array in self._memory_of:
             _ = array.shape  # raises where a failed call has lost the Variable's values
+        _move_constants(program, self._xp)
         _skip_known_checks(program)
         self._schedule = Schedule(program, self._first_write)
         self._given_out = [x for x in program.output_values() if x.kind in ("result", "read")]
@@ -59,6 +62,7 @@ class DeviceReplay(Replay):
         self._workplace: Workplace | None = None
         self._graph: Graph | None = None
         self._loop: _Loop | None = None
+        self._leases = [Lease(np.empty(0, np.uint8), self._name)] if self._leased else []
         self._current: Launches | None = None  # what is being launched, for its errors
         self.arena = 0
         self.text = _listing(program, self._schedule)
@@ -68,9 +72,13 @@ class DeviceReplay(Replay):
     def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
         """Run the program on the inputs' arrays; return the result in its structure."""
         with self._lock:
+            for lease in self._leases:
+                arrays = lease.end(arrays)
             if self._placements != _storage.placements:
                 self._check_placements()
             found = iter(self._results(arrays))
+        # Leased results have memory of their own here; the rule is the same.
+        tensor = self._leases[0] if self._leases else _tensor
         leaves: list[Any] = []
         for x in self._program.outputs:
             if type(x) is not Value:
@@ -78,7 +86,7 @@ class DeviceReplay(Replay):
             elif x.kind == "constant":
                 leaves.append(x.source)
             else:
-                leaves.append(None if x.kind == "input" else _tensor(next(found)))
+                leaves.append(None if x.kind == "input" else tensor(next(found)))
         if self._finish is not None:
             return self._finish(tuple(leaves), tensors)
         kind = type(self._program.structure)
@@ -101,8 +109,9 @@ class DeviceReplay(Replay):
         if not graphs:
             results = Launches(self._schedule, arrays).run(self._given_out, self._around)
             return [a.copy() if _is_shared(a, arrays) else a for a in results]
-        # As the graph's own inputs will be: for others CuPy may have other kernels to build.
-        arrays = [a if a.flags.c_contiguous else a.copy() for a in arrays]
+        # Laid out as the graph's own inputs will be: for others there may be other kernels to build
+        # and other products to plan.
+        arrays = [a.copy() for a in arrays]
         self._workplace = Workplace(self._xp)
         return self._warm_up(self._workplace, self._issue, arrays)
 
@@ -358,6 +367,27 @@ class Launches:
         array = self._array(x)
         if any(_overlap(array, v._array) for v in writes):
             self._arrays[x] = array.copy()
+
+
+def _move_constants(program: Program, xp: Module) -> None:
+    """Bring the constants that rewrites have made of NumPy's arrays to where the program runs.
+
+    A program that goes to the host and back itself has constants on both sides: it keeps them.
+    """
+    if any(step.name == "transfer" for step in program.steps):
+        return
+    moved: dict[Value, Value] = {}  # patterns share theirs between programs
+
+    def here(x: Any) -> Any:
+        if type(x) is not Value or x.kind != "constant" or type(x.source._array) is xp.ndarray:
+            return x
+        if x not in moved:
+            moved[x] = Value("constant", x.shape, x.dtype, wrap(xp.asarray(x.source._array)))
+        return moved[x]
+
+    for step in program.steps:
+        step.inputs = tuple(map(here, step.inputs))
+    program.outputs = list(map(here, program.outputs))
 
 
 def _skip_known_checks(program: Program) -> None:

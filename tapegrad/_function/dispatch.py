@@ -47,12 +47,15 @@ class _Entry:
 class Function:
     """A function whose calls are recorded twice, and from then on replayed; see `function`."""
 
-    def __init__(self, function: Callable[..., Any], *, strict: bool = True) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, strict: bool = True, lease_results: bool = False
+    ) -> None:
         if not callable(function):
             raise TypeError(f"tg.function needs a function, got {function!r}")
         functools.update_wrapper(self, function)
         self._function = function
         self._strict = strict
+        self._leased = lease_results
         self._name = getattr(function, "__qualname__", type(function).__name__)
         self._entries: dict[Any, _Entry] = {}
         self._lock = threading.RLock()
@@ -83,7 +86,9 @@ class Function:
                 f"{self._name} needs weak references to its {type(instance).__name__}: "
                 "add '__weakref__' to the __slots__"
             ) from None
-        made = Function(_method(self._function, owner), strict=self._strict)
+        made = Function(
+            _method(self._function, owner), strict=self._strict, lease_results=self._leased
+        )
         with self._lock:
             found = bound.get(key)
             if found is None or found[0]() is not instance:
@@ -215,16 +220,18 @@ class Function:
         """Compile the program if it is that of the call before."""
         earlier, entry.recorded = entry.recorded, program
         if earlier is None:
+            program.forget_makers()
             return
         found = difference(earlier, program)
         if found is None:
             with self._lock:
                 if entry.replay is None:
                     kind = Replay if program.on_host else DeviceReplay
-                    entry.replay = kind(program, self._name)
+                    entry.replay = kind(program, self._name, leased=self._leased)
                     entry.program = program
                     entry.recorded = None
             return
+        program.forget_makers()
         if found.of_constants or entry.calls >= _MOST_RECORDINGS:
             problem = (
                 f"{self._name} does not do the same in every call: {found.text}. A value that "
@@ -419,10 +426,14 @@ def _without_arrays(structure: Any) -> list[Any]:
 
 
 @overload
-def function(function: Callable[..., Any], *, strict: bool = True) -> Function: ...
+def function(
+    function: Callable[..., Any], *, strict: bool = True, lease_results: bool = False
+) -> Function: ...
 @overload
-def function(*, strict: bool = True) -> Callable[[Callable[..., Any]], Function]: ...
-def function(function: Any = None, *, strict: bool = True) -> Any:
+def function(
+    *, strict: bool = True, lease_results: bool = False
+) -> Callable[[Callable[..., Any]], Function]: ...
+def function(function: Any = None, *, strict: bool = True, lease_results: bool = False) -> Any:
     """Compile a function of tensors: record what it does, and from then on replay it.
 
     The first two calls of each signature run as they are, and are recorded. If both did the same,
@@ -432,8 +443,13 @@ def function(function: Any = None, *, strict: bool = True) -> Any:
     training step belongs inside: forward pass, loss, `tape.gradient`, the optimiser's update,
     metrics.
 
-    strict  whether a function that cannot be compiled raises `FunctionError`; with False it stays
-            as it is, with one warning.
+    strict         whether a function that cannot be compiled raises `FunctionError`; with False it
+                   stays as it is, with one warning.
+    lease_results  whether results may lie in the program's own memory, which saves making them
+                   anew: a replayed call's results and views of them are valid until the next call
+                   of that signature, from whatever thread, and reading one later raises
+                   `RuntimeError`. They may be arguments of that call. What is to last is copied
+                   with `y.numpy()` or `+y`. By default results are the caller's own.
 
     A signature is the structure of the arguments, shapes and types of the tensors in them, and the
     values of everything else: a Python number that changes makes a new program. Numbers in the
@@ -456,5 +472,5 @@ def function(function: Any = None, *, strict: bool = True) -> Any:
     [4.0, 2.56, 1.638, 1.049]
     """
     if function is None:
-        return functools.partial(Function, strict=strict)
-    return Function(function, strict=strict)
+        return functools.partial(Function, strict=strict, lease_results=lease_results)
+    return Function(function, strict=strict, lease_results=lease_results)

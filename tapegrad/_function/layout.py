@@ -10,7 +10,7 @@ program costs. Three choices save a third of the calls of a small network's step
 - Where only one element decides (a mask of relu) the bits are multiplied as integers, and what
   that cannot do right (NaN) is found by one look at the result of the whole program.
 
-They change the order of sums, and so the last bits; `rewrites.ENABLED = False` leaves them out.
+They change the order of sums, and so the last bits: `simplify.TABLE` has them as "layout".
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import numpy as np
 
 from tapegrad._backend import Array, byte_bounds
 from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.rewrites import Rewrite
 from tapegrad.variable import Variable
+
+REWRITE = Rewrite(None, "the order of the terms in sums and products of matrices")
 
 SMALL = 1 << 15  # elements: above, products and memory cost more than calls
 

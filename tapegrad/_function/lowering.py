@@ -148,8 +148,11 @@ def lowers(*names: str) -> Callable[[Lower], Lower]:
 class Lowering:
     """Turns steps into lines, and keeps account of where every value lies."""
 
-    def __init__(self, program: Program, first_write: int, layout: Layout) -> None:
+    def __init__(
+        self, program: Program, first_write: int, layout: Layout, leased: bool = False
+    ) -> None:
         self.program = program
+        self.leased = leased  # whether results may lie in the program's own memory
         self.layout = layout
         self.extended: dict[Value, Array] = {}  # matrices with the ones beside them, transposed
         self.done: set[Step] = set()  # what came with an earlier step
@@ -324,7 +327,7 @@ class Lowering:
         place = self.destinations.get(y)
         if place is None and y in self.layout.with_ones:
             place = self._with_ones(y)
-        if place is None and y in self._outputs:
+        if place is None and y in self._outputs and not self.leased:
             place = self.local(y.shape, y.dtype)
             self.line("{} = {}()", place, Fresh(y.shape, y.dtype))
         if place is None:

@@ -782,7 +782,8 @@ def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_gra
         b.done.add(scaled)
     elif with_grad:
         p = b.out(step, position=1)
-    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor)
+    exact = not b.layout.active
+    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor, exact)
     b.call("check_labels", t, classes)
     b.bound(work, x, t, loss, p)
     return True
@@ -859,7 +860,64 @@ def _the_sum_of(b: Lowering, x: Value) -> Step | None:
 
 @lowers("probability_cross_entropy", "probability_cross_entropy_with_grad")
 def _probability_cross_entropy(b: Lowering, step: Step) -> bool:
-    return False
+    logits, targets = step.inputs
+    n, classes = logits.shape
+    dtype = logits.dtype
+    if dtype.char not in "fd" or targets.dtype != dtype or not n:
+        return False
+    with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
+    x, t = b.of(logits), b.of(targets)
+    total, log_total = b.arena((n, 1), dtype), b.arena((n, 1), dtype)
+    shifted = b.arena((n, classes), dtype)
+    loss = b.out(step)
+    p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
+    b.line("maximum_reduce({}, 1, None, {}, True)", x, total)
+    b.call("subtract", x, total, shifted)
+    b.call("exp", shifted, p)
+    b.line("add_reduce({}, 1, None, {}, True)", p, total)
+    b.call("log", total, log_total)
+    b.call("subtract", log_total, shifted, shifted)
+    b.call("multiply", t, shifted, shifted)
+    b.line("add_reduce({}, 1, None, {})", shifted, loss)
+    if with_grad:
+        b.line("add_reduce({}, 1, None, {}, True)", t, log_total)
+        b.call("divide", log_total, total, total)
+        b.call("multiply", p, total, p)
+        b.call("subtract", p, t, p)
+    # A target of 0 beside a logit of -inf, a row of -inf alone or a NaN: as the meaning says.
+    meaning = b.meaning(step)
+    if len(step.outputs) == 1:
+        b.line("if holds_nan({}): {}[...] = {}({}, {})", loss, loss, meaning, x, t)
+    elif with_grad:
+        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", loss, loss, p, meaning, x, t)
+    else:
+        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", loss, loss, meaning, x, t)
+    return True
+
+
+@lowers("row_numbers")
+def _row_numbers(b: Lowering, step: Step) -> bool:
+    index, y = step.inputs[0], step.outputs[0]
+    if index.dtype != np.int64 or len(index.shape) != 1:
+        return False
+    x, out = b.of(index), b.out(step)
+    b.call("right_shift", x, _number(63, y.dtype), out)  # -1 for the negative ones, else 0
+    b.call("bitwise_and", out, _number(step.params["rows"], y.dtype), out)
+    b.call("add", out, x, out)
+    return True
+
+
+@lowers("one_hot")
+def _one_hot(b: Lowering, step: Step) -> bool:
+    index, y = step.inputs[0], step.outputs[0]
+    if not index.shape:
+        return False
+    x, classes = b.of(index), np.arange(step.params["depth"])
+    chosen = b.like(y, False, np.dtype(np.bool_))
+    out = b.out(step)
+    b.line("equal({}[..., None], {}, {})", x, _static(classes), chosen)
+    b.line("copyto({}, {})", out, chosen)
+    return True
 
 
 # ---- random numbers

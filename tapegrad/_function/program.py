@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -98,6 +98,7 @@ class Program:
     outputs    the leaves of the result: Values, and anything else as it was.
     structure  the result, whose leaves `outputs` replaces.
     on_host    whether all of it is NumPy's; else a device's launches replay it.
+    maker_of   returns the step that gave a constant while it was recorded, if one did.
     """
 
     def __init__(
@@ -113,6 +114,11 @@ class Program:
         self.steps = list(steps)
         self.outputs = list(outputs)
         self.structure = structure
+        self.forget_makers()
+
+    def forget_makers(self) -> None:
+        """Let go of what constants were made of, when there are no patterns to be found."""
+        self.maker_of: Callable[[Value], Step | None] = lambda _: None
 
     def output_values(self) -> Iterator[Value]:
         """Yield the outputs that are Values."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.shorthands import written_out
 from tapegrad._recording import user_location
 from tapegrad._storage import lies_in_buffer
 from tapegrad._structure import flatten, map_structure
@@ -46,6 +47,9 @@ class Recording:
         ]
         self._values = {x.id: value for x, value in zip(inputs, self._inputs, strict=True)}
         self._constants: dict[int, Value] = {}
+        # How constants came about, by the tensors' ids; patterns may be made of them too.
+        self._makers: dict[int, tuple[Primitive, Sequence[Any], dict[str, Any]]] = {}
+        self._ids: dict[Value, int] = {}
         self._steps: list[Step] = []
 
     # ---- what it is told
@@ -67,6 +71,8 @@ class Recording:
             if type(x) is Tensor and x.id in values:
                 break
         else:
+            if len(outputs) == 1:
+                self._makers[outputs[0].id] = primitive, inputs, params
             return node
         results = [Value("result", y._array.shape, y._array.dtype) for y in outputs]
         self._steps.append(
@@ -95,7 +101,16 @@ class Recording:
         if found is None:
             kept = wrap(x._array.copy()) if lies_in_buffer(x._array) else x
             found = self._constants[x.id] = Value("constant", x.shape, x.dtype, kept)
+            self._ids[found] = x.id
         return found
+
+    def _maker_of(self, constant: Value) -> Step | None:
+        """Return the step that gave a constant, if an operation did."""
+        found = self._makers.get(self._ids[constant])
+        if found is None:
+            return None
+        primitive, inputs, params = found
+        return Step(primitive, list(map(self._value, inputs)), (constant,), params, "")
 
     def accessed(self, variable: Variable, version: Tensor) -> None:
         """Take a Variable's version for a value of its own."""
@@ -157,7 +172,10 @@ class Recording:
             for leaf in flatten(result)
         ]
         structure = map_structure(_without_values, result)
-        return Program(self._inputs, self._steps, leaves, structure, not self.on_device)
+        steps = written_out(self._steps)
+        program = Program(self._inputs, steps, leaves, structure, not self.on_device)
+        program.maker_of = self._maker_of
+        return program
 
 
 def _without_values(leaf: Any) -> Any:

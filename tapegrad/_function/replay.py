@@ -15,18 +15,15 @@ from tapegrad import _storage
 from tapegrad._backend import Array
 from tapegrad._function import (
     numpy_calls,  # noqa: F401  fills the table of lowerings
-    rewrites,
+    simplify,
 )
 from tapegrad._function.blocks import in_blocks
 from tapegrad._function.layout import Layout
+from tapegrad._function.lease import Lease
 from tapegrad._function.lowering import Line, Lowering, Place
 from tapegrad._function.memory import allocate, place_in_arena
 from tapegrad._function.program import Program, Value
-from tapegrad._function.rewrites import (
-    without_dead_steps,
-    without_repeated_steps,
-    writes_last,
-)
+from tapegrad._function.rewrites import writes_last
 from tapegrad._storage import Buffer, lies_in_buffer
 from tapegrad._structure import is_container, unflatten
 from tapegrad.tensor import Tensor, next_id
@@ -102,7 +99,6 @@ _NAMES: dict[str, Any] = {
     "mask_by": _mask_by,
     "one_less": _one_less,
     "check_labels": _check_labels,
-    "tensor": _tensor,
 }
 
 
@@ -155,12 +151,13 @@ class Replay:
     arena  how many bytes it has of its own.
     """
 
-    def __init__(self, program: Program, name: str) -> None:
+    def __init__(self, program: Program, name: str, *, leased: bool = False) -> None:
         self._program = program
         self._name = name
+        self._leased = leased
+        self._leases: list[Lease] = []
         self._lock = threading.RLock()
-        without_repeated_steps(program)
-        without_dead_steps(program)
+        simplify.simplify(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
         self._writes = self._first_write < len(program.steps)
@@ -174,13 +171,14 @@ class Replay:
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        layout = Layout(self._program if rewrites.ENABLED else None, self._first_write)
+        rewrite = "layout" in simplify.ENABLED
+        layout = Layout(self._program if rewrite else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
         self._placements, self._memory_of = placements, memory_of
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:
         program = self._program
-        lowered = Lowering(program, self._first_write, layout)
+        lowered = Lowering(program, self._first_write, layout, self._leased)
         results = [_result(lowered, x) for x in program.outputs]
         kept = [place for _, place in results if isinstance(place, Place)]
         lowered.kept = {place.root for place in kept}
@@ -188,7 +186,7 @@ class Replay:
         if lowered.speculates:
             _look_for_nan(lowered, _Carefully(self))
         arena = place_in_arena(lowered.lines, kept)
-        allocate([*lowered.lines, Line("", kept)], arena)
+        memory = allocate([*lowered.lines, Line("", kept)], arena)
         writes = Writes(
             program.written(),
             list({id(v): v for step in program.steps for v in step.writes}.values()),
@@ -198,7 +196,11 @@ class Replay:
         source = text.function(
             lowered, results, writes, structure=() if self._finish else program.structure
         )
-        return source, arena, text.compile(source, self._name)
+        tensor: Callable[[Array], Tensor] = _tensor
+        if self._leased:
+            tensor = Lease(memory, self._name)
+            self._leases.append(tensor)
+        return source, arena, text.compile(source, self._name, tensor)
 
     def _run_carefully(self, *arrays: Array) -> Any:
         """Run the program with every check where it belongs: a NaN has been seen."""
@@ -229,6 +231,7 @@ class Replay:
     def _check_placements(self) -> None:
         placements = _storage.placements
         if any(v._array is not array for v, array in self._memory_of):
+            self._leases.clear()
             self._prepare()
         self._placements = placements
 
@@ -238,6 +241,8 @@ class Replay:
             # A view of a Variable keeps its values: the program's own writes would change them.
             arrays = [a.copy() if a.base is not None and lies_in_buffer(a) else a for a in arrays]
         with self._lock:
+            for lease in self._leases:
+                arrays = lease.end(arrays)
             if self._placements != _storage.placements:
                 self._check_placements()
             results = self._context.run(self._call, *arrays)
@@ -307,6 +312,8 @@ def _result(lowered: Lowering, x: Any) -> tuple[str, Any]:
     place = lowered.of(x)
     if place.kind == "local" and not place.holds:
         return "tensor({})", place
+    if lowered.leased and place.kind == "arena":
+        return "tensor({})", place
     return ("tensor({}.copy())" if x.shape else "tensor({}[()])"), place
 
 
@@ -372,8 +379,10 @@ class _Text:
             self._objects[name] = x
         return name
 
-    def compile(self, text: str, name: str) -> Callable[..., Any]:
-        space = _NAMES | self._objects
+    def compile(
+        self, text: str, name: str, tensor: Callable[[Array], Tensor]
+    ) -> Callable[..., Any]:
+        space = _NAMES | self._objects | {"tensor": tensor}
         exec(compile(text, f"<replay of {name}>", "exec"), space)  # our own text alone
         # Taken out: a function whose own globals name it would be freed by the collector alone.
         function: Callable[..., Any] = space.pop("replay")

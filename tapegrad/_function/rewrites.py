@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from tapegrad._backend import byte_bounds
 from tapegrad._function.program import Program, Step, Value
 from tapegrad.primitive import Update
 from tapegrad.variable import Variable
 
-# Whether programs may be rewritten so that the last bits of results change; for tests.
-ENABLED = True
+
+class Rewrite(NamedTuple):
+    """An entry of the table of those that can be switched off: `simplify.TABLE`.
+
+    run    rewrites a program; None for the layout, which the lowering sees to.
+    bound  how far values may move; empty where every bit stays as it is (with NumPy).
+    """
+
+    run: Callable[[Program], None] | None
+    bound: str = ""
 
 
 def without_dead_steps(program: Program) -> None:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
 
 import tapegrad as tg
-from tapegrad._function import rewrites
+from tapegrad._function import simplify
 from tapegrad._structure import flatten_with_paths
 from tapegrad.tensor import Operand
 
 
 @contextlib.contextmanager
-def rewritten(on: bool) -> Iterator[None]:
-    """Switch the rewrites that change rounding, for what is compiled in a `with` block."""
-    before = rewrites.ENABLED
-    rewrites.ENABLED = on
+def rewritten(on: bool | Collection[str]) -> Iterator[None]:
+    """Switch rewrites for what is compiled in a `with` block.
+
+    True: all that are in the table; False: those alone that keep every bit; or the names of some.
+    """
+    names = {n for n, r in simplify.TABLE.items() if not r.bound} if on is False else on
+    before = set(simplify.ENABLED)
+    simplify.ENABLED.clear()
+    simplify.ENABLED.update(simplify.TABLE if names is True else names)
     try:
         yield
     finally:
-        rewrites.ENABLED = before
+        simplify.ENABLED.clear()
+        simplify.ENABLED.update(before)
 
 
 def arrays_of(result: Any) -> list[tuple[str, Any]]:

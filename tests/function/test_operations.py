@@ -13,7 +13,7 @@ import tapegrad as tg
 from tapegrad.errors import FunctionError
 from tapegrad.tensor import wrap
 from tests.cases import CASES, RANK0, Array, Case
-from tests.function.compiled import assert_same, rewritten
+from tests.function.compiled import assert_same, replayed, rewritten
 from tests.function.programs import LOSSES
 
 FLOATS = (np.float64, np.float32, np.float16)
@@ -164,3 +164,24 @@ def test_special_rows(kind: str) -> None:
             for x in (np.ones_like(ROWS), np.ones_like(ROWS), ROWS, ROWS * 0.5):
                 assert_same(compiled(tg.constant(x)), function(tg.constant(x)))
             assert len(compiled.programs) == 1, name
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_cross_entropy_of_targets_in_special_rows(with_gradient, dtype):
+    """A logit of -inf counts nothing where the target is 0; a row of them, and NaN, as they do."""
+    inf = np.inf
+    z = np.array([[0.5, -inf], [-inf, -inf], [np.nan, 1.0], [inf, 0.0], [1.0, 2.0]], dtype)
+    t = np.array([[1.0, 0.0], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [0.3, 0.6]], dtype)
+
+    def loss(z, t):
+        with tg.GradientTape() as tape:
+            if with_gradient:
+                tape.watch(z)
+            y = tg.nn.softmax_cross_entropy(z, t, reduction="none")
+        return (y, tape.gradient(y, z)) if with_gradient else y
+
+    for rows in (slice(0, 1), slice(1, 2), slice(4, 5), slice(0, 5)):
+        args = tg.constant(z[rows]), tg.constant(t[rows])
+        with np.errstate(all="ignore"):
+            assert_same(replayed(loss, *args), loss(*args))

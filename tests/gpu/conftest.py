@@ -8,6 +8,7 @@ that only a device can answer are then skipped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -51,9 +52,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(plain)
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the times of products are kept: not among the user's."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def cupy() -> Iterator[ModuleType]:
+def cupy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The array module of the device; new tensors are made there."""
+    monkeypatch.setenv("TAPEGRAD_CACHE", str(cache))
+    # Timing the candidates of thousands of shapes would take minutes; test_gemm.py does it.
+    monkeypatch.setattr(tg.config, "deterministic", True)
     if (problem := _why_not()) is not None:
         pytest.skip(f"needs CuPy and a GPU: {problem}")
     if not STAND_IN:
@@ -66,20 +76,42 @@ def cupy() -> Iterator[ModuleType]:
             yield cupy
         return
     from cpu_kernels import kernels_on_cpu
+    from cublaslt_emulation import cublaslt_on_cpu
 
     from tests.fake_cupy import FakeCupy
 
-    with pytest.MonkeyPatch.context() as patch, kernels_on_cpu():
-        fake = FakeCupy()
+    fake = FakeCupy()
+    fake.ElementwiseKernel = _elementwise_kernel  # type: ignore[attr-defined]
+    own = dict(vars(fake.cuda))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        kernels_on_cpu(),
+        cublaslt_on_cpu(fake, cache) as products,
+    ):
+        _launch_products(fake, own, products)
         patch.setattr(_build, "raw_module", _launched(_build.raw_module))
-        fake.ElementwiseKernel = _elementwise_kernel  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "cupy", fake)
         for kernel in _build.ELEMENTWISE:
             patch.setattr(kernel, "_kernel", None)
-        for name in ("_cupy", "cupy_ndarray", "numpy_alone", "_auto"):
-            patch.setattr(_backend, name, getattr(_backend, name))  # put back afterwards
         with tg.backend("cupy"):
             yield fake
+
+
+def _launch_products(fake: Any, own: dict[str, Any], products: Any) -> None:
+    """Let the products of the emulated cuBLASLt be launches of the stand-in, in its memory."""
+    using_allocator = own["using_allocator"]
+
+    @contextlib.contextmanager
+    def allocator(malloc: Any) -> Iterator[None]:
+        with products.allocator("of a pool"), using_allocator(malloc):
+            yield
+
+    def enqueue(run: Callable[[], None], memory: list[tuple[int, int]]) -> None:
+        arrays = [fake.device.memory_at(*place) for place in memory]
+        fake.device.kernel("cublasLtMatmul", lambda _: run(), arrays)
+
+    vars(fake.cuda).update(own, using_allocator=allocator)
+    fake.cuda.runtime.streamIsCapturing = lambda _: fake.device.stream.capture is not None
+    products.enqueue = enqueue
 
 
 @functools.cache

@@ -1,0 +1,85 @@
+"""Shorthands: primitives that save eager calls, and in programs are what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tapegrad._function.program import Step, Value
+from tapegrad.primitive import primitives
+from tapegrad.tensor import wrap
+
+
+def written_out(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps with every shorthand replaced by what it stands for.
+
+    So rewrites and lowerings meet each thing in one form only.
+    """
+    found: list[Step] = []
+    for step in steps:
+        write_out = _SHORTHANDS.get(step.name)
+        if write_out is None:
+            found.append(step)
+        else:
+            write_out(_Writer(step, found))
+    return found
+
+
+class _Writer:
+    """Adds steps in place of one."""
+
+    def __init__(self, step: Step, found: list[Step]) -> None:
+        self.step = step
+        self._found = found
+
+    def new(self, *shape: int) -> Value:
+        """Return a value of the step's type that a step will give."""
+        return Value("result", shape, self.step.outputs[0].dtype)
+
+    def add(self, name: str, inputs: Sequence[Any], *outputs: Value, **params: Any) -> None:
+        """Add a step."""
+        step = self.step
+        self._found.append(
+            Step(primitives[name], inputs, outputs, params, step.where, order=step.order)
+        )
+
+    def transposed(self, x: Value) -> Value:
+        """Return a matrix, or a stack of them, with its last two axes exchanged."""
+        if x.kind == "constant":
+            array = x.source._array.swapaxes(-1, -2)
+            return Value("constant", array.shape, x.dtype, wrap(array))
+        *lead, rows, columns = x.shape
+        y = Value("result", (*lead, columns, rows), x.dtype)
+        self.add("permute", (x,), y, axes=(*range(len(lead)), len(lead) + 1, len(lead)))
+        return y
+
+
+def _matmul_nt(w: _Writer) -> None:
+    x1, x2 = w.step.inputs
+    w.add("matmul", (x1, w.transposed(x2)), w.step.outputs[0])
+
+
+def _matmul_tn(w: _Writer) -> None:
+    x1, x2 = w.step.inputs
+    w.add("matmul", (w.transposed(x1), x2), w.step.outputs[0])
+
+
+def _mean_label_cross_entropy_with_grad(w: _Writer) -> None:
+    logits, labels = w.step.inputs
+    mean, gradient = w.step.outputs
+    n, classes = logits.shape
+    losses, total, unscaled = w.new(n), w.new(), w.new(n, classes)
+    w.add("label_cross_entropy_with_grad", (logits, labels), losses, unscaled, **w.step.params)
+    w.add("sum", (losses,), total, axis=(0,), keepdims=False, dtype=None)
+    w.add("divide", (total, n), mean)
+    share = np.broadcast_to(mean.dtype.type(1) / n, (n, 1))
+    w.add("scale", (Value("constant", (n, 1), mean.dtype, wrap(share)), unscaled), gradient)
+
+
+_SHORTHANDS: dict[str, Callable[[_Writer], None]] = {
+    "matmul_nt": _matmul_nt,
+    "matmul_tn": _matmul_tn,
+    "mean_label_cross_entropy_with_grad": _mean_label_cross_entropy_with_grad,
+}
