@@ -13,7 +13,7 @@ from cublaslt_emulation import STREAM, FakeCublasLt, cublaslt_on_cpu
 
 import tapegrad as tg
 from tapegrad.kernels import cublaslt, gemm, linear_relu
-from tests.test_backends import FakeCupy, fake
+from tests.fake_cupy import FakeCupy, fake
 
 BFLOAT16 = ml_dtypes.bfloat16
 PLAIN, BIAS, RELU_BIAS, CUPY = 1, 4, 6, 0  # epilogues as the fake reports them
