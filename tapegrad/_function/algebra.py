@@ -216,6 +216,11 @@ def _view_of_view(name: str, primitive: Any) -> Rule:
     return rule
 
 
+def _flattened(at: _Pass, step: Step) -> Value | None:
+    first = at.input_of(step.inputs[0], "reshape")
+    return None if first is None else at.call(step.primitive, step.outputs[0], first, **step.params)
+
+
 def _row(at: _Pass, step: Step) -> Value | None:
     if at.input_of(step.inputs[0], "stack") is None:
         return None
@@ -271,6 +276,7 @@ REWRITES: dict[str, Rewrite] = {
             "reshape": _view_of_view("reshape", reshape),
             "broadcast_to": _view_of_view("broadcast_to", broadcast_to),
             "row": _row,
+            "row_numbers": _flattened,
             **dict.fromkeys(
                 ("cast", "cast_to_discrete", "sum_to", "positive", "stop_gradient"), _copy_or_view
             ),
