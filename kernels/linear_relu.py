@@ -16,6 +16,8 @@ from ._build import (
     pack_width,
     row_blocks,
 )
+from .cublaslt import Epilogue
+from .gemm import Operation, product
 
 _SOURCE = Source(
     "linear_relu.cu",
@@ -48,12 +50,20 @@ def linear_relu(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
         return None
     if x.shape[1] != w.shape[0] or w.shape[1:] != b.shape or 0 in (*x.shape, *w.shape):
         return None
-    t = cpp_type(b)
     rows, columns = x.shape[0], w.shape[1]
-    if t is None or columns > MAX_COLUMNS:
+    if cpp_type(b) is None or columns > MAX_COLUMNS:
         return None
-    y = xp.matmul(x, w, out=xp.empty((rows, columns), x.dtype))
-    width = pack_width(xp, t, columns, y, b)
+    y = product(LINEAR_RELU, xp, x, w, b)
+    if y is None:
+        y = _bias_relu(xp, xp.matmul(x, w, out=xp.empty((rows, columns), x.dtype)), b)
+    return y
+
+
+def _bias_relu(xp: Module, y: Array, b: Array) -> Array:
+    """Do y = relu(y + b) in place."""
+    t = cpp_type(b)
+    rows, columns = y.shape
+    width = pack_width(xp, str(t), columns, y, b)
     tiles, block = column_tiles(columns // width)
     _SOURCE.kernel(f"tapegrad_bias_relu<{t}, {width}>")(
         (tiles, row_blocks(rows, tiles, block[1])),
@@ -61,6 +71,9 @@ def linear_relu(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
         (y, b, np.int64(rows), np.int32(columns)),
     )
     return y
+
+
+LINEAR_RELU = Operation("linear_relu", Epilogue.RELU_BIAS, _bias_relu)
 
 
 def linear_relu_grad(xp: Module, g: Array, y: Array) -> tuple[Array, Array] | None:

@@ -168,7 +168,7 @@ def facts() -> dict[str, str]:
     """Return backend, device, versions, and whether kernels are in use, for people to read."""
     import platform
 
-    from tapegrad.kernels import kernel_names
+    from tapegrad.kernels import gemm, kernel_names
 
     xp = default_module()
     found = {
@@ -193,6 +193,8 @@ def facts() -> dict[str, str]:
             f"runtime {_version(runtime.runtimeGetVersion())}"
         )
         state = "in use" if _kernels_enabled else "turned off by TAPEGRAD_KERNELS=0"
+    on = _kernels_enabled or xp is np
+    found["cublaslt"] = gemm.describe(xp) if on else state
     for source, names in kernel_names().items():
         found[f"kernels {source}"] = f"{len(names)} {state}"
     return found

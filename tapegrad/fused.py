@@ -15,6 +15,7 @@ import numpy as np
 from tapegrad._backend import Array, Module
 from tapegrad._recording import state
 from tapegrad.kernels import elementwise as elementwise_kernels
+from tapegrad.kernels import gemm as gemm_kernels
 from tapegrad.kernels import linear_relu as linear_kernels
 from tapegrad.kernels import softmax_cross_entropy as loss_kernels
 from tapegrad.linear import broadcast_to as _broadcast_to
@@ -95,7 +96,9 @@ def _linear_grads(
     )
 
 
-linear: Primitive = primitive("linear", _linear_forward, joint_vjp=_linear_vjp)
+linear: Primitive = primitive(
+    "linear", _linear_forward, joint_vjp=_linear_vjp, kernel=gemm_kernels.linear
+)
 
 
 def _linear_relu_forward(xp: Module, x: Array, w: Array, b: Array) -> Array:

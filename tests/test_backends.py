@@ -338,7 +338,8 @@ class FakeArray(np.ndarray):
 
     @property
     def data(self):
-        return types.SimpleNamespace(ptr=self.view(np.ndarray).__array_interface__["data"][0])
+        address = self.view(np.ndarray).__array_interface__["data"][0]
+        return types.SimpleNamespace(ptr=address, device_id=0)
 
     @property
     def device(self):

@@ -342,6 +342,7 @@ def test_info(capsys):
     assert found["numpy"] == np.__version__
     assert found["python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert "cupy" in found
+    assert found["cublaslt"] == "not in use: NumPy computes the same values"
     kernels = [line for line in out if line.startswith("kernels")]
     sources = sorted((ROOT / "kernels").glob("*.cu"))
     assert len(sources) >= 4

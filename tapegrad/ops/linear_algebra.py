@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tapegrad._backend import Array, Module
+from tapegrad.kernels import gemm
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
@@ -29,18 +30,21 @@ _matmul: Primitive = primitive(
     lambda xp, x1, x2: xp.matmul(x1, x2),
     lambda g, _y, _x1, x2: matmul_nt(g, x2),
     lambda g, _y, x1, _x2: matmul_tn(x1, g),
+    kernel=gemm.matmul,
 )
 matmul_nt: Primitive = primitive(
     "matmul_nt",
     lambda xp, x1, x2: xp.matmul(x1, x2.swapaxes(-1, -2)),
     lambda g, _y, _x1, x2: _matmul(g, x2),
     lambda g, _y, x1, _x2: matmul_tn(g, x1),
+    kernel=lambda xp, x1, x2: gemm.matmul(xp, x1, x2.swapaxes(-1, -2)),
 )
 matmul_tn: Primitive = primitive(
     "matmul_tn",
     lambda xp, x1, x2: xp.matmul(x1.swapaxes(-1, -2), x2),
     lambda g, _y, _x1, x2: matmul_nt(x2, g),
     lambda g, _y, x1, _x2: _matmul(x1, g),
+    kernel=lambda xp, x1, x2: gemm.matmul(xp, x1.swapaxes(-1, -2), x2),
 )
 
 

@@ -68,45 +68,47 @@ class Training:
         return first
 
 
-def interrupted(program, fire_until):
+class Shooter(threading.Thread):
+    """Interrupts the main thread at a random moment, once each time that it is armed."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.armed = self.stopped = False
+
+    def run(self):
+        rng = np.random.default_rng(1)
+        while not self.stopped:
+            time.sleep(rng.uniform(1e-4, 2e-3))
+            if self.armed:
+                self.armed = False
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(program):
     """Run the program's steps under fire; check it after each interrupt, and count these."""
     for _ in range(3):
         program.run()
-    stop = threading.Event()
-    shooter = threading.Thread(target=fire_until, args=(stop,))
-    count, deadline = 0, time.monotonic() + SECONDS
+    shooter = Shooter()
     shooter.start()
-    while not stop.is_set():
+    count, deadline = 0, time.monotonic() + SECONDS
+    while count < 200 and time.monotonic() < deadline:
         try:
-            while count < 200 and time.monotonic() < deadline:
-                try:
-                    while time.monotonic() < deadline:
-                        program.run()
-                except KeyboardInterrupt:
-                    count += 1
-            stop.set()
-        except KeyboardInterrupt:  # between two steps
-            count += 1
-    ignored = False
-    while not ignored:
-        try:
-            shooter.join()
-            own = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            ignored = True
+            shooter.armed = True
+            while time.monotonic() < deadline:
+                program.run()
         except KeyboardInterrupt:
-            pass
-    assert own is signal.default_int_handler, own
+            program.check()
+            count += 1
+    try:
+        shooter.stopped = True
+        shooter.join()  # which may have fired once more
+    except KeyboardInterrupt:
+        shooter.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert count >= 50, count
     done = program.check()
     program.run()
     assert program.check() == done + 1
-
-
-def at_random_moments(stop):
-    """Fire from another thread, while the main one is anywhere."""
-    rng = np.random.default_rng(1)
-    while not stop.wait(rng.uniform(1e-4, 2e-3)):
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def one_interrupt():
@@ -142,9 +144,9 @@ def one_interrupt():
 
 
 PROGRAMS = {
-    "small": lambda: interrupted(Counting(3), at_random_moments),
-    "large": lambda: interrupted(Counting(20_000), at_random_moments),
-    "training": lambda: interrupted(Training(), at_random_moments),
+    "small": lambda: interrupted(Counting(3)),
+    "large": lambda: interrupted(Counting(20_000)),
+    "training": lambda: interrupted(Training()),
     "once": one_interrupt,
 }
 

@@ -48,9 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the times of products are kept: not among the user's."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def cupy() -> Iterator[ModuleType]:
+def cupy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The array module of the device; new tensors are made there."""
+    monkeypatch.setenv("TAPEGRAD_CACHE", str(cache))
+    # Timing the candidates of thousands of shapes would take minutes; test_gemm.py does it.
+    monkeypatch.setattr(tg.config, "deterministic", True)
     if (problem := _why_not()) is not None:
         pytest.skip(f"needs CuPy and a GPU: {problem}")
     if not STAND_IN:
@@ -63,17 +72,19 @@ def cupy() -> Iterator[ModuleType]:
             yield cupy
         return
     from cpu_kernels import kernels_on_cpu
+    from cublaslt_emulation import cublaslt_on_cpu
 
     from tests.test_backends import FakeCupy
 
-    with pytest.MonkeyPatch.context() as patch, kernels_on_cpu():
-        fake = FakeCupy()
-        fake.ElementwiseKernel = _elementwise_kernel  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "cupy", fake)
+    fake = FakeCupy()
+    fake.ElementwiseKernel = _elementwise_kernel  # type: ignore[attr-defined]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        kernels_on_cpu(),
+        cublaslt_on_cpu(fake, cache),
+    ):
         for kernel in _build.ELEMENTWISE:
             patch.setattr(kernel, "_kernel", None)
-        for name in ("_cupy", "cupy_ndarray", "numpy_alone", "_auto"):
-            patch.setattr(_backend, name, getattr(_backend, name))  # put back afterwards
         with tg.backend("cupy"):
             yield fake
 

@@ -1,0 +1,285 @@
+"""cuBLASLt's products emulated on the CPU: column-major matrices in raw memory, in float64.
+
+`FakeCublasLt` has the C functions that the launchers call, as C function pointers with the same
+signatures, and refuses what the real library would refuse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tapegrad import _backend
+from tapegrad.kernels import cublaslt, gemm
+
+DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
+SUCCESS, FAILED, UNSUPPORTED = 0, 13, 15
+STREAM = 0x57
+
+
+class Matrix(NamedTuple):
+    """Column-major matrices at an address."""
+
+    address: int
+    dtype: Any
+    rows: int
+    columns: int
+    leading: int
+    batch: int = 1
+    stride: int = 0
+
+    def view(self) -> np.ndarray[Any, Any]:
+        """Return its elements, (batch, rows, columns), where they lie."""
+        size = np.dtype(self.dtype).itemsize
+        last = (self.columns - 1) * self.leading + self.rows + (self.batch - 1) * self.stride
+        memory = (ctypes.c_char * (last * size)).from_address(self.address)
+        strides = (self.stride * size, size, self.leading * size)
+        return np.ndarray((self.batch, self.rows, self.columns), self.dtype, memory, 0, strides)
+
+
+def rounded_to_tf32(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return float32 numbers with 10 bits of mantissa, the rest cut off."""
+    bits = x.astype("f4").view("u4") & np.uint32(0xFFFFE000)
+    return bits.view("f4")
+
+
+def multiply(
+    a: Matrix,
+    transpose_a: bool,
+    b: Matrix,
+    transpose_b: bool,
+    d: Matrix,
+    *,
+    tf32: bool = False,
+    bias: int | None = None,
+    relu: Callable[..., Any] | None = None,
+) -> None:
+    """Do d = epilogue(op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
+    left, right = a.view(), b.view()
+    if tf32:
+        left, right = rounded_to_tf32(left), rounded_to_tf32(right)
+    left = left.swapaxes(1, 2) if transpose_a else left
+    right = right.swapaxes(1, 2) if transpose_b else right
+    assert left.shape[2] == right.shape[1], "op(A) and op(B) do not fit"
+    assert (left.shape[1], right.shape[2]) == (d.rows, d.columns), "D does not fit"
+    y = left.astype("f8") @ right.astype("f8")
+    if bias is not None:  # one value for each row of D
+        y = y + Matrix(bias, d.dtype, d.rows, 1, d.rows).view().astype("f8")
+    if relu is not None:
+        y = relu(y)
+    d.view()[...] = y.astype(d.dtype)
+
+
+class FakeCublasLt:
+    """The C functions of cuBLASLt; what they were asked is kept.
+
+    found       how many algorithms there are; `algorithms` says it for one epilogue's number. A
+                status of failure is written with a minus.
+    keeps_nan   whether the RELU epilogue keeps NaN; the real one is said not to.
+    failing     pairs (epilogue, algorithm) whose launch fails.
+    unusable    algorithms that the heuristic and the check answer with a state of failure.
+    """
+
+    def __init__(self, *, found: int = 3, keeps_nan: bool = False, version: int = 131000) -> None:
+        self.found, self.keeps_nan = found, keeps_nan
+        self.algorithms: dict[int, int] = {}
+        self.failing: set[tuple[int, int]] = set()
+        self.unusable: set[int] = set()
+        self.known: set[bytes] | None = None  # that cublasLtMatmulAlgoCheck knows; None: all
+        self.launches: list[types.SimpleNamespace] = []
+        self.preferences: list[dict[int, int]] = []
+        self.pause = 0.0
+        self.no_handle = self.capturing = False
+        self.timer: FakeTimer
+        self.in_use: Any = None  # the allocator, where it is not the usual one
+        self.objects: dict[int, Any] = {}
+        self._numbers = itertools.count(0x1000, 16)
+        # Kept here, for ctypes does not keep callbacks alive.
+        self.cublasLtGetVersion = ctypes.CFUNCTYPE(ctypes.c_size_t)(lambda: version)
+        for name, arguments in cublaslt.SIGNATURES.items():
+            kind = name.removeprefix("cublasLt")
+            for ending in ("Create", "Destroy", "SetAttribute"):
+                if kind.endswith(ending) and kind != ending:
+                    method = getattr(self, f"_{ending}")
+                    break
+            else:
+                method = getattr(self, f"_{kind}")
+            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(method))
+
+    @contextmanager
+    def allocator(self, malloc: Any) -> Iterator[None]:
+        """Stand in for cupy.cuda.using_allocator: note which one is in use."""
+        before, self.in_use = self.in_use, malloc
+        try:
+            yield
+        finally:
+            self.in_use = before
+
+    def _enter(self, where: Any, made: Any) -> int:
+        number = next(self._numbers)
+        self.objects[number] = made
+        where[0] = number
+        return SUCCESS
+
+    def _Create(self, where: Any, *arguments: int) -> int:
+        if not arguments and self.no_handle:
+            return 1
+        return self._enter(where, types.SimpleNamespace(arguments=arguments, attributes={}))
+
+    def _Destroy(self, number: int) -> int:
+        del self.objects[number]
+        return SUCCESS
+
+    def _SetAttribute(self, number: int, attribute: int, value: int, size: int) -> int:
+        self.objects[number].attributes[attribute] = int.from_bytes(
+            ctypes.string_at(value, size), "little"
+        )
+        if attribute == 8:  # the bias of a descriptor: let another thread in
+            time.sleep(self.pause)
+        return SUCCESS
+
+    def _epilogue(self, descriptor: int) -> int:
+        return int(self.objects[descriptor].attributes[7])
+
+    def _MatmulAlgoGetHeuristic(
+        self, handle: int, desc: int, a: int, b: int, c: int, d: int, pref: int,
+        count: int, results: Any, found: Any,
+    ) -> int:  # fmt: skip
+        assert handle in self.objects
+        epilogue = self._epilogue(desc)
+        preference = self.objects[pref].attributes
+        self.preferences.append(preference)
+        if epilogue != 1:
+            assert self.objects[desc].attributes[8], "the bias's address says how it is aligned"
+        number = self.algorithms.get(epilogue, self.found)
+        if number <= 0:
+            return -number or UNSUPPORTED
+        found[0] = min(count, number)
+        for i in range(found[0]):
+            results[i].algorithm[:] = bytes([epilogue, i] + [0] * 62)
+            results[i].workspace = min(i * 1024, preference[1])
+            results[i].state = UNSUPPORTED if i in self.unusable else SUCCESS
+        return SUCCESS
+
+    def _MatmulAlgoCheck(
+        self, handle: int, desc: int, a: int, b: int, c: int, d: int, algorithm: int, result: Any
+    ) -> int:
+        blob = ctypes.string_at(algorithm, 64)
+        if self.known is not None and blob not in self.known:
+            return UNSUPPORTED
+        result[0].workspace = blob[1] * 1024
+        result[0].state = UNSUPPORTED if blob[1] in self.unusable else SUCCESS
+        return SUCCESS
+
+    def _matrix(self, address: int, layout: int) -> Matrix:
+        data, rows, columns, leading = self.objects[layout].arguments
+        attributes = self.objects[layout].attributes
+        assert leading >= rows, "columns overlap"
+        assert address % np.dtype(DTYPES[data]).itemsize == 0
+        return Matrix(
+            *(address, DTYPES[data], rows, columns, leading),
+            *(attributes.get(5, 1), attributes.get(6, 0)),
+        )
+
+    def _Matmul(
+        self, handle: int, desc: int, alpha: int, a: int, a_layout: int, b: int, b_layout: int,
+        beta: int, c: int, c_layout: int, d: int, d_layout: int, algorithm: int, workspace: int,
+        size: int, stream: int,
+    ) -> int:  # fmt: skip
+        compute, scale = self.objects[desc].arguments
+        attributes = self.objects[desc].attributes
+        number = {0: ctypes.c_float, 1: ctypes.c_double}[scale]
+        assert number.from_address(alpha).value == 1.0
+        assert number.from_address(beta).value == 0.0
+        assert (c, c_layout) == (d, d_layout)
+        epilogue, index = ctypes.string_at(algorithm, 2)
+        assert epilogue == attributes[7], "an algorithm of another epilogue"
+        needed = index * 1024
+        assert size >= needed
+        if needed:
+            ctypes.memset(workspace, 0xFF, size)  # it may hold anything afterwards
+        if (epilogue, index) in self.failing:
+            return FAILED
+        relu = np.maximum if self.keeps_nan else np.fmax
+        matrices = [self._matrix(*m) for m in ((a, a_layout), (b, b_layout), (d, d_layout))]
+        self.launches.append(
+            types.SimpleNamespace(
+                epilogue=epilogue, algorithm=index, compute=compute, scale=scale, stream=stream,
+                scratch=self.in_use is not None,
+                a=matrices[0], b=matrices[1], d=matrices[2], workspace=size,
+                transposed=(attributes[3], attributes[4]),
+            )
+        )  # fmt: skip
+        with np.errstate(all="ignore"):
+            multiply(
+                *(matrices[0], bool(attributes[3]), matrices[1], bool(attributes[4]), matrices[2]),
+                tf32=compute == 77,
+                bias=attributes[8] if epilogue & 4 else None,
+                relu=(lambda y: relu(y, 0)) if epilogue & 2 else None,
+            )
+        return SUCCESS
+
+
+class FakeTimer:
+    """Gives each way the time that a test says, whatever runs."""
+
+    def __init__(self, fake: FakeCublasLt, seconds: Callable[[int, int], float]) -> None:
+        self.fake, self.seconds = fake, seconds
+        self.timed: list[tuple[int, int]] = []
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        assert self.fake.in_use == "of a pool", "what is only tried out stays in the user's memory"
+        before = len(self.fake.launches)
+        run()
+        launched = self.fake.launches[before:]
+        key = (launched[-1].epilogue, launched[-1].algorithm) if launched else (0, 0)
+        self.timed.append(key)
+        return self.seconds(*key)
+
+
+@contextmanager
+def cublaslt_on_cpu(
+    xp: Any,
+    folder: Path,
+    fake: FakeCublasLt | None = None,
+    *,
+    seconds: Callable[[int, int], float] = lambda epilogue, algorithm: 1.0 - epilogue / 1000,
+    major: int = 9,
+) -> Iterator[FakeCublasLt]:
+    """Let products on `xp`, a stand-in for CuPy, go through a fake cuBLASLt; yield the fake.
+
+    folder   where times are kept.
+    seconds  the time that a launch of (epilogue, algorithm) takes; (0, 0) is CuPy's own product.
+    """
+    fake = fake or FakeCublasLt()
+    library = cublaslt.Library(fake)
+    fake.timer = FakeTimer(fake, seconds)
+    runtime = xp.cuda.runtime
+    runtime.getDevice = lambda: 0
+    runtime.getDeviceProperties = lambda number: {"name": b"NVIDIA Fake", "major": major}
+    runtime.driverGetVersion = lambda: 13000
+    runtime.streamIsCapturing = lambda stream: fake.capturing
+    xp.cuda.MemoryPool = lambda: types.SimpleNamespace(malloc="of a pool")
+    xp.cuda.using_allocator = fake.allocator
+    xp.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=STREAM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", xp)
+        patch.setenv("TAPEGRAD_CACHE", str(folder))
+        patch.setattr(cublaslt, "load", lambda: (library, ""))
+        patch.setattr(gemm, "_devices", {})
+        patch.setattr(gemm, "timer", lambda xp: fake.timer)
+        for name in ("_cupy", "cupy_ndarray", "numpy_alone", "_auto"):
+            patch.setattr(_backend, name, getattr(_backend, name))  # put back afterwards
+        _backend._load(xp)
+        yield fake
