@@ -172,7 +172,7 @@ def _doubled(at: _Pass, step: Step) -> Value | None:
     c, d = step.inputs
     y = step.outputs[0]
     x = at.input_of(d, "multiply", alone=True)
-    if x is None or type(c) is not Value or c.kind != "constant" or c.dtype != x.dtype:
+    if x is None or type(c) is not Value or c.kind != "constant":
         return None
     factor = at.inputs_of(d)[1]
     if type(factor) not in (int, float) or factor < 1 or math.frexp(factor)[0] != 0.5:
