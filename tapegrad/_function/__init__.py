@@ -2,6 +2,7 @@
 
 recording   listens to one call of a function, and writes down every primitive.
 program     what it wrote: the list of steps. The only intermediate representation there is.
+shorthands  primitives that save eager calls, written out.
 rewrites    the same values by fewer or better steps: nothing twice, nothing in vain, writes last.
 simplify    the table of rewrites that can be switched off, in their order:
 patterns    what people write by hand, found and replaced by the fused primitives;

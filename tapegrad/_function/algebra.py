@@ -172,7 +172,7 @@ def _doubled(at: _Pass, step: Step) -> Value | None:
     c, d = step.inputs
     y = step.outputs[0]
     x = at.input_of(d, "multiply", alone=True)
-    if x is None or type(c) is not Value or c.kind != "constant" or c.dtype != x.dtype:
+    if x is None or type(c) is not Value or c.kind != "constant":
         return None
     factor = at.inputs_of(d)[1]
     if type(factor) not in (int, float) or factor < 1 or math.frexp(factor)[0] != 0.5:
@@ -214,6 +214,11 @@ def _view_of_view(name: str, primitive: Any) -> Rule:
         return _same_as(first, y) or at.call(primitive, y, first, **step.params)
 
     return rule
+
+
+def _flattened(at: _Pass, step: Step) -> Value | None:
+    first = at.input_of(step.inputs[0], "reshape")
+    return None if first is None else at.call(step.primitive, step.outputs[0], first, **step.params)
 
 
 def _row(at: _Pass, step: Step) -> Value | None:
@@ -271,6 +276,7 @@ REWRITES: dict[str, Rewrite] = {
             "reshape": _view_of_view("reshape", reshape),
             "broadcast_to": _view_of_view("broadcast_to", broadcast_to),
             "row": _row,
+            "row_numbers": _flattened,
             **dict.fromkeys(
                 ("cast", "cast_to_discrete", "sum_to", "positive", "stop_gradient"), _copy_or_view
             ),

@@ -23,6 +23,7 @@ from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.recording import Recording
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
 from tapegrad._recording import is_recording, state
+from tapegrad._tape_arguments import is_floating
 from tapegrad.custom import stop_gradient
 from tapegrad.fused import (
     label_cross_entropy,
@@ -58,6 +59,7 @@ class Pattern:
             integers.
     wrt     whether the gradient of the first input is looked for too: the functions then have one
             result. Else they may have several, of which the first is made of all the others.
+    types   the letters of the floating types that it is right for; None for all.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Pattern:
         after: Callable[..., Any],
         *inputs: str,
         wrt: bool = False,
+        types: str | None = None,
     ) -> None:
         self._functions = before, after
+        self._types = types
         self._arrays = [_example(letters) for letters in inputs]
         self.wrt = wrt
 
@@ -76,18 +80,18 @@ class Pattern:
     @functools.cached_property
     def before(self) -> _Template:
         """What to look for."""
-        return _Template(self._functions[0], self._arrays)
+        return _Template(self._functions[0], self._arrays, self._types)
 
     @functools.cached_property
     def after(self) -> _Template:
         """What replaces it."""
-        return _Template(self._functions[1], self._arrays)
+        return _Template(self._functions[1], self._arrays, self._types)
 
     @functools.cached_property
     def both_ways(self) -> tuple[_Template, _Template]:
         """Both, with the gradient as second result, from a last input: the result's gradient."""
         arrays = [*self._arrays, np.ones(self.before.outputs[0].shape, np.float32)]
-        before, after = (_Template(_with_gradient(f), arrays) for f in self._functions)
+        before, after = (_Template(_with_gradient(f), arrays, self._types) for f in self._functions)
         return before, after
 
 
@@ -108,9 +112,12 @@ def _with_gradient(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 class _Template(Program):
-    """A function's steps on arrays of its pattern's lengths."""
+    """A function's steps on arrays of its pattern's lengths, in float32."""
 
-    def __init__(self, function: Callable[..., Any], arrays: Sequence[Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], arrays: Sequence[Any], types: str | None
+    ) -> None:
+        self._types = types
         inputs = [wrap(array) for array in arrays]
         recording = Recording("a pattern", inputs, strict=True, founding=False)
         before, state.recorders = state.recorders, [recording]
@@ -124,6 +131,10 @@ class _Template(Program):
         without_repeated_steps(self)
         without_dead_steps(self)
         self.made_by = _makers(self)
+
+    def takes(self, dtype: np.dtype[Any]) -> bool:
+        """Tell whether a floating type may stand where float32 stood."""
+        return is_floating(dtype) and (self._types is None or dtype.char in self._types)
 
 
 def _makers(program: Program) -> dict[Value, Step]:
@@ -200,7 +211,7 @@ class _Found:
         return False
 
     def _shape(self, t: Value, p: Value) -> bool:
-        """Compare shapes: a length of the template stands for any, but for one alone."""
+        """Compare shapes: a length of the template stands for any, and always for the same."""
         if len(t.shape) != len(p.shape):
             return False
         for a, b in zip(t.shape, p.shape, strict=True):
@@ -213,7 +224,7 @@ class _Found:
 
     def _type(self, t: Value, p: Value) -> bool:
         if t.dtype.kind == "f":
-            if self.dtype is None and p.dtype.char in "fd":
+            if self.dtype is None and self._template.takes(p.dtype):
                 self.dtype = p.dtype
             return bool(p.dtype == self.dtype)
         if t.kind == "result":
@@ -514,7 +525,7 @@ def _patterns_of_targets() -> Iterator[Pattern]:
         def after(z: Tensor, t: Tensor, of_losses: Any = of_losses) -> Tensor:
             return ew.negative(of_losses(_loss_of_targets(z, t)))
 
-        yield Pattern(before, after, "nc", "nc", wrt=True)
+        yield Pattern(before, after, "nc", "nc", wrt=True, types="fd")
 
 
 def _pick(x: Tensor, labels: Tensor) -> Tensor:
@@ -544,7 +555,7 @@ def _patterns_of_labels() -> Iterator[Pattern]:
             losses = _column(losses) if k.ndim == 2 else losses
             return ew.negative(losses) if negative else losses
 
-        yield Pattern(before, after, "nc", labels, wrt=True)
+        yield Pattern(before, after, "nc", labels, wrt=True, types="fd")
 
 
 # Written by hand, p = 0 for a logit far below the largest (by 104 in single precision, 746 in

@@ -106,7 +106,7 @@ class Recording:
 
     def _maker_of(self, constant: Value) -> Step | None:
         """Return the step that gave a constant, if an operation did."""
-        found = self._makers.get(self._ids[constant])
+        found = self._makers.get(self._ids.get(constant, 0))  # 0 is no id
         if found is None:
             return None
         primitive, inputs, params = found
