@@ -126,6 +126,16 @@ def test_what_a_step_may_be() -> None:
     assert shape["k"] == 1
 
 
+def test_results_that_the_step_leases() -> None:
+    f = tg.function(lambda x: {"twice": x * 2.0, "k": 1}, lease_results=True)
+    for _ in range(3):
+        calls = list(Steps(f, Batches(np.arange(12.0), 2), 3))
+        assert [c["twice"].numpy().reshape(-1).tolist() for c in calls] == [
+            [0.0, 2.0, 4.0, 6.0, 8.0, 10.0],
+            [12.0, 14.0, 16.0, 18.0, 20.0, 22.0],
+        ]
+
+
 def test_a_tape_around_it_hears_every_step() -> None:
     w = tg.Variable(2.0)
     steps = Steps(lambda x: tg.sum(w * x), Batches(X[:8], 2), 2)

@@ -77,16 +77,16 @@ class DeviceReplay(Replay):
             if self._placements != _storage.placements:
                 self._check_placements()
             found = iter(self._results(arrays))
-        # Leased results have memory of their own here; the rule is the same.
-        tensor = self._leases[0] if self._leases else _tensor
-        leaves: list[Any] = []
-        for x in self._program.outputs:
-            if type(x) is not Value:
-                leaves.append(x)
-            elif x.kind == "constant":
-                leaves.append(x.source)
-            else:
-                leaves.append(None if x.kind == "input" else tensor(next(found)))
+            # Leased results have memory of their own here; the rule is the same.
+            tensor = self._leases[0] if self._leases else _tensor
+            leaves: list[Any] = []
+            for x in self._program.outputs:
+                if type(x) is not Value:
+                    leaves.append(x)
+                elif x.kind == "constant":
+                    leaves.append(x.source)
+                else:
+                    leaves.append(None if x.kind == "input" else tensor(next(found)))
         if self._finish is not None:
             return self._finish(tuple(leaves), tensors)
         kind = type(self._program.structure)
@@ -112,8 +112,11 @@ class DeviceReplay(Replay):
         # Laid out as the graph's own inputs will be: for others there may be other kernels to build
         # and other products to plan.
         arrays = [a.copy() for a in arrays]
-        self._workplace = Workplace(self._xp)
-        return self._warm_up(self._workplace, self._issue, arrays)
+        place = Workplace(self._xp)
+        results = self._warm_up(place, self._issue, arrays)
+        if self._why_plain is None:
+            self._workplace = place
+        return results
 
     def _uses_graphs(self) -> bool:
         if self._why_plain is not None or not config.cuda_graphs:

@@ -10,7 +10,7 @@ from typing import Any
 from tapegrad._function.device import DeviceReplay, Feed
 from tapegrad._function.dispatch import Function, Method, function
 from tapegrad._recording import no_record, state
-from tapegrad._structure import flatten, unflatten
+from tapegrad._structure import flatten, map_structure, unflatten
 from tapegrad.data.batches import Batches
 from tapegrad.ops.creation import arange, to_backend
 from tapegrad.ops.indexing import getitem
@@ -58,6 +58,7 @@ class Steps:
         if self.per_call < 1:
             raise ValueError(f"per_call must be at least 1, got {per_call!r}")
         self._step = step if isinstance(step, (Function, Method)) else function(step)
+        self._compiled = self._step if isinstance(self._step, Function) else self._step._bound
         self._batches = batches
         self._feed: Feed | None = None
         self._like: tuple[Any, ...] | None = None  # a whole batch, of which all have the types
@@ -87,12 +88,19 @@ class Steps:
             yield 1, self._one_by_one(order, range(last, last + 1))
 
     def _one_by_one(self, order: Tensor | None, numbers: range) -> Any:
-        results = [self._step(*self._arguments(order, i)) for i in numbers]
+        results = [self._take(self._arguments(order, i)) for i in numbers]
         leaves = [
             stack(column) if isinstance(column[-1], Tensor) else column[-1]
             for column in map(list, zip(*map(flatten, results), strict=True))
         ]
         return unflatten(results[-1], leaves)
+
+    def _take(self, arguments: tuple[Any, ...]) -> Any:
+        result = self._step(*arguments)
+        if not self._compiled._leased:
+            return result
+        # The next step's results would lie where these do.
+        return map_structure(lambda x: +x if isinstance(x, Tensor) else x, result)
 
     def _by_one_launch(
         self, order: Tensor | None, rows: Callable[[], Any], first: int
@@ -100,8 +108,7 @@ class Steps:
         """Return the results of a call, in a list, or None where it cannot be one launch."""
         if self._like is None:
             self._like = self._arguments(order, first)
-        compiled = self._step if isinstance(self._step, Function) else self._step._bound
-        replay = compiled._replay_of(self._like, {})
+        replay = self._compiled._replay_of(self._like, {})
         if not isinstance(replay, DeviceReplay):
             return None
         if self._feed is None:

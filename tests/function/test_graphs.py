@@ -576,6 +576,8 @@ def test_an_error_while_launching_one_by_one(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match="neither its old nor its new"):
         v.numpy()
     assert len(gpu.streams) == 1
+    (program,) = f.programs
+    assert program._workplace is None  # type: ignore[attr-defined]  # nothing is warm yet
 
 
 # ---- threads and streams
