@@ -78,6 +78,10 @@ class MemoryPool:
         weakref.finalize(handle, _give_back, storage).atexit = False
         return handle
 
+    def free_all_blocks(self):
+        self._bytes -= sum(size * len(free) for (_, size), free in self._free.items())
+        self._free.clear()
+
     def total_bytes(self):
         return self._bytes
 
@@ -624,6 +628,9 @@ class FakeCupy(types.ModuleType):
     @property
     def device(self):
         return device
+
+    def get_default_memory_pool(self):
+        return device.pool
 
     def empty(self, shape, dtype=float):
         return device.empty(shape, dtype)

@@ -109,10 +109,11 @@ class DeviceReplay(Replay):
         if not graphs:
             results = Launches(self._schedule, arrays).run(self._given_out, self._around)
             return [a.copy() if _is_shared(a, arrays) else a for a in results]
+        place = Workplace(self._xp)
         # Laid out as the graph's own inputs will be: for others there may be other kernels to build
         # and other products to plan.
-        arrays = [a.copy() for a in arrays]
-        place = Workplace(self._xp)
+        with place.allocator():
+            arrays = [a.copy() for a in arrays]
         results = self._warm_up(place, self._issue, arrays)
         if self._why_plain is None:
             self._workplace = place

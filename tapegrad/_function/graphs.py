@@ -36,6 +36,8 @@ class Workplace:
 
     def __init__(self, xp: Module) -> None:
         self.xp = xp
+        # The calls that were recorded have left there about what is needed here once more.
+        xp.get_default_memory_pool().free_all_blocks()
         self.pool = xp.cuda.MemoryPool()
         self.streams = [xp.cuda.Stream(non_blocking=True) for _ in range(2)]
         self._finished = xp.cuda.Event(disable_timing=True)

@@ -373,6 +373,19 @@ def test_the_text_says_how_it_is_replayed() -> None:
         tg.config.cuda_graphs = True
 
 
+def test_what_recording_left_free_is_given_back_first() -> None:
+    f = tg.function(lambda x: tg.sum(tg.exp(x) * 2.0))
+    gpu.pool.free_all_blocks()
+    before, large = gpu.pool.total_bytes(), 1 << 20
+    x = tg.constant(np.zeros(large, "f4"))
+    sizes = []
+    for _ in range(4):
+        f(x)
+        sizes.append(gpu.pool.total_bytes() - before)
+    assert sizes[1] > 2 * x.nbytes
+    assert max(sizes[2:]) < 2 * x.nbytes
+
+
 def test_a_graph_goes_with_its_function() -> None:
     gc.disable()  # by counting references alone
     try:
