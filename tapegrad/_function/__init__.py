@@ -6,6 +6,9 @@ rewrites    the same values by fewer or better steps.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
+schedule    on a GPU: the order of a program's steps on two branches, and who waits for whom.
+device      their launching, one by one or as a CUDA graph.
+graphs      the capture of CUDA graphs, and their memory.
 dispatch    signatures, programs, when to record and when to replay.
 """
 

@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._function.device import DeviceReplay
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
@@ -219,7 +220,8 @@ class Function:
         if found is None:
             with self._lock:
                 if entry.replay is None:
-                    entry.replay = Replay(program, self._name)
+                    kind = Replay if program.on_host else DeviceReplay
+                    entry.replay = kind(program, self._name)
                     entry.program = program
                     entry.recorded = None
             return

@@ -9,13 +9,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu
+from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake
 
 from tapegrad.kernels import gemm, gemm_choice
 from tapegrad.kernels.cublaslt import CublasLtError
 from tapegrad.kernels.gemm_choice import Candidate, DeviceTimer, Timed, Times
+from tests.fake_cupy import FakeCupy
 from tests.kernels.test_gemm import CUPY, LAYER, PLAIN, chosen, timed
-from tests.test_backends import FakeCupy, fake
 
 DEVICE = {"gpu": "NVIDIA H200", "driver": "13000", "cublaslt": "131000"}
 BLOB = bytes(range(64))
