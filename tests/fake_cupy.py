@@ -87,6 +87,10 @@ class Event:
         self.clock = {}
         self.capture = None
 
+    def __del__(self):
+        if self.capture is not None:
+            self.capture.misses("an event")
+
 
 class Stream:
     """A queue of launches; `clock` says up to which of each stream's the next one comes after."""
@@ -119,7 +123,7 @@ class Stream:
             self.capture.refuse("a captured stream waits for an event from outside")
         _merge(self.clock, event.clock)
 
-    def tick(self):
+    def _tick(self):
         self.clock[self.ptr] = self.clock.get(self.ptr, 0) + 1
         return self.ptr, self.clock[self.ptr]
 
@@ -152,7 +156,7 @@ class Node:
         self.outputs = [Address(y) for y in outputs]
         self.written = [self.inputs[i] for i in written] + self.outputs
         self.touched = self.inputs + self.outputs
-        self.stamp, self.clock = stream.tick(), None
+        self.stamp, self.clock = stream._tick(), None
         self.clock = dict(stream.clock)
 
     def launch(self):
@@ -196,6 +200,7 @@ class Capture:
         self.streams = [origin]
         self.nodes = []
         self.problem = None
+        self.ended = False
         self.before = {}
         pool = getattr(device.allocators[-1], "__self__", None) if device.allocators else None
         self.pool = pool
@@ -209,11 +214,17 @@ class Capture:
         self.problem = self.problem or what
         raise CudaError(f"{what} while a stream captures")
 
+    def misses(self, what):
+        """Note that something was freed which the capture has seen."""
+        if not self.ended:
+            self.problem = self.problem or f"{what} was freed before the end"
+
     def save(self, storage):
         if id(storage) not in self.before:
             self.before[id(storage)] = storage, bytes(storage.bytes)
 
     def end(self, stream):
+        self.ended = True
         for member in self.streams:
             member.capture = None
         for storage, content in self.before.values():
@@ -251,12 +262,7 @@ class Graph:
     def __init__(self, capture):
         self._nodes = capture.nodes
         self._pool = None if capture.pool is None else weakref.ref(capture.pool)
-        self._streams = len({node.stamp[0] for node in self._nodes})
         device.graphs.append(weakref.ref(self))
-
-    @property
-    def branches(self):
-        return self._streams
 
     def launch(self, stream=None):
         stream = stream or device.stream
@@ -333,7 +339,7 @@ class Device:
             check(storage.written, "writes what is written")
             for stamp in storage.read.items():
                 check(stamp, "writes what is read")
-        stamp = stream.tick()
+        stamp = stream._tick()
         for storage in reads:
             storage.read[stamp[0]] = stamp[1]
         for storage in writes:
@@ -614,6 +620,11 @@ class FakeCupy(types.ModuleType):
         if isinstance(value, FakeArray):
             return value.astype(value.dtype if dtype is None else dtype, copy=copy)
         return device.from_host(value, dtype)
+
+    def concatenate(self, arrays, axis=0):
+        if len(arrays) > 8:  # then their addresses go to the device as an array
+            device.from_host(np.arange(len(arrays)))
+        return device.call("concatenate", np.concatenate, (list(arrays),), {"axis": axis})
 
     def copyto(self, target, value):
         device.call("copyto", np.copyto, (target, value), writes=[target])

@@ -427,8 +427,10 @@ def function(function: Any = None, *, strict: bool = True) -> Any:
 
     The first two calls of each signature run as they are, and are recorded. If both did the same,
     further calls run the recorded operations as straight-line NumPy in memory of their own, without
-    tape, rules and Python's bookkeeping; Variables are read and written in place. A whole training
-    step belongs inside: forward pass, loss, `tape.gradient`, the optimiser's update, metrics.
+    tape, rules and Python's bookkeeping; on a GPU they are captured as a CUDA graph, which one
+    launch replays (`tg.config.cuda_graphs`). Variables are read and written in place. A whole
+    training step belongs inside: forward pass, loss, `tape.gradient`, the optimiser's update,
+    metrics.
 
     strict  whether a function that cannot be compiled raises `FunctionError`; with False it stays
             as it is, with one warning.

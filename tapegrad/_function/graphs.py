@@ -40,10 +40,17 @@ class Workplace:
         self.streams = [xp.cuda.Stream(non_blocking=True) for _ in range(2)]
         self._finished = xp.cuda.Event(disable_timing=True)
         self._begun = xp.cuda.Event(disable_timing=True)
+        self._recorded: list[Any] = []
 
     def record(self, branch: int) -> Any:
         """Return an event that is done when all is that a branch was given so far."""
-        return self.streams[branch].record(self.xp.cuda.Event(disable_timing=True))
+        event = self.streams[branch].record(self.xp.cuda.Event(disable_timing=True))
+        self._recorded.append(event)
+        return event
+
+    def forget(self) -> None:
+        """Let go of the events: a capture must not see one freed before its end."""
+        self._recorded.clear()
 
     def allocator(self) -> Any:
         """Let new arrays of a `with` block lie in this workplace's memory."""
@@ -72,6 +79,7 @@ class Workplace:
         finally:
             for branch in range(len(self.streams)):  # both: an error leaves them apart
                 caller.wait_event(self.record(branch))
+            self.forget()
         return [array.copy() for array in results]
 
 
@@ -97,6 +105,7 @@ class Graph:
             with workplace.allocator():
                 self._inputs = [None if x is None else xp.empty(x.shape, x.dtype) for x in inputs]
             self._graph, self._results = _capture(workplace, issue, self._inputs)
+            workplace.forget()
 
     @property
     def nbytes(self) -> int:

@@ -21,7 +21,9 @@ from tapegrad._function import graphs, schedule
 from tapegrad.errors import TapeWarning
 from tapegrad.primitive import Update, primitives
 from tests import fake_cupy, test_backends
+from tests.cases import CASES
 from tests.fake_cupy import CudaError
+from tests.function import test_operations
 from tests.function.compiled import assert_same
 from tests.function.programs import Training
 
@@ -150,6 +152,55 @@ def test_and_the_same_as_eager() -> None:
         assert_same(compiled(i), want)
     for a, b in zip(compiled.state(), eager.state(), strict=True):
         assert_same(a.numpy(), b.numpy())
+
+
+# ---- every operation
+
+
+def with_gradients(case: Any) -> Callable[..., Any]:
+    def function(*xs: Any) -> Any:
+        if case.differentiable and any(map(test_operations.floating, xs)):
+            return test_operations.with_gradients(case.call, *xs)
+        return case.call(*xs)
+
+    return function
+
+
+# Their indices are values of each call, which are looked over on the host.
+LOOKED_OVER = {
+    "getitem-tensor",
+    "gather",
+    "take_along_axis--1",
+    "nn.softmax_cross_entropy-weights",
+    "nn.softmax_cross_entropy-weights,smoothing=0.1",
+    "nn.softmax_cross_entropy-weights,smoothing=0.3,ignore=2",
+}
+COMPUTING = [
+    case
+    for case in CASES
+    if not case.name.startswith((*test_operations.REFUSED, "to_backend", "constant-python"))
+    and case.domains
+    and not case.name.startswith(("zeros", "ones", "full"))
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be replayed as a CUDA graph")
+@pytest.mark.parametrize("case", COMPUTING, ids=[case.name for case in COMPUTING])
+def test_an_operation(case: Any) -> None:
+    arrays = [
+        np.ascontiguousarray(a).reshape(a.shape)
+        for a in test_operations.groups(case, np.float64)[-1][0]
+    ]
+    function = with_gradients(case)
+    compiled = tg.function(function)
+    xs = [tg.constant(a) for a in arrays]
+    with np.errstate(all="ignore"):
+        want = function(*xs)
+        for _ in range(4):
+            assert_same(compiled(*xs), want)
+    (program,) = compiled.programs
+    text = program.explain().splitlines()[0]
+    assert ("a CUDA graph of" in text) == (case.name not in LOOKED_OVER), text
 
 
 # ---- random programs
@@ -381,6 +432,11 @@ def looks_up(v: Any, x: Any) -> Any:
     return v * 2.0
 
 
+def joins_many(v: Any, x: Any) -> Any:
+    v.assign_add(tg.concat([x * k for k in range(9)])[:5])
+    return v * 2.0
+
+
 def refuses(v: Any, x: Any) -> Any:
     v.assign_add(tg.erf(x))
     return v * 2.0
@@ -406,6 +462,10 @@ def only_captured(message: str) -> Callable[..., Any]:
 PLAIN = {
     "a value goes to the host": (prints, "CudaError: the host waits for a stream.*print at"),
     "an index is checked": (looks_up, "CudaError: the host waits for a stream.*getitem at"),
+    "something is copied from the host": (
+        joins_many,
+        "CudaError: an array is copied from the host.*concat at",
+    ),
     "a library refuses": (refuses, r"NotImplementedError: no capture here \(erf at .*graphs.py:"),
     "NumPy takes part": (crosses, r"it computes with NumPy's arrays too \(transfer at"),
 }
@@ -435,7 +495,7 @@ def test_what_cannot_be_captured_is_launched(name: str, monkeypatch: pytest.Monk
     )
     assert re.search(cause, text)
     assert text.endswith("tg.config.cuda_graphs = False does so without this warning")
-    assert re.search("plain launches of . steps: " + cause, f.explain_program())
+    assert re.search("plain launches of .+ steps: " + cause, f.explain_program())
     assert graphs_alive() == 0
     g = tg.function(lambda x: x * 2.0)  # and others can be captured as before
     for _ in range(4):
@@ -622,6 +682,10 @@ IN_CAPTURE: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "the branches do not meet": (
         device_module, "Schedule", Forgetful, "a stream that did not come back"
+    ),
+    "an event is not kept": (
+        graphs.Workplace, "record",
+        lambda self, branch: self.streams[branch].record(), "an event was freed before the end",
     ),
     "the collector runs": (
         graphs, "_without_collection", contextlib.nullcontext, "garbage collector may run"

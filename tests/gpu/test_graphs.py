@@ -123,6 +123,20 @@ def test_what_goes_to_the_host_is_launched_one_by_one(capsys: Any) -> None:
     assert "a CUDA graph of" in f.explain_program()
 
 
+@pytest.mark.parametrize("count", [3, 12])
+def test_what_cupy_copies_from_the_host(count: int) -> None:
+    """CuPy sends the addresses of more than 8 arrays to the device, from memory of the moment."""
+    f = tg.function(lambda x: (tg.concat([x * k for k in range(count)]), tg.stack([x] * count)))
+    for i in range(8):
+        x = np.full(5, float(i), "f4")
+        joined, stacked = f(tg.constant(x))
+        for k in range(50):  # whatever else goes there
+            tg.constant(np.full(60, k, "f4"))
+        np.testing.assert_array_equal(joined.numpy(), np.concatenate([x * k for k in range(count)]))
+        np.testing.assert_array_equal(stacked.numpy(), np.stack([x] * count))
+    assert count > 8 or "a CUDA graph of" in f.explain_program()
+
+
 def test_a_variable_that_moves() -> None:
     v = tg.Variable(np.ones(5, "f4"))
     f = tg.function(lambda x: x * v)
@@ -213,7 +227,7 @@ def test_fit_takes_several_steps_a_launch() -> None:
 
 @device_only
 def test_the_second_branch_is_in_the_graph() -> None:
-    """Two sums that wait for nothing but the input: as graph nodes they have no edge between."""
+    """Two products that do not wait for each other."""
     a = tg.Variable(np.eye(64, dtype="f4"))
     f = tg.function(lambda x: (x @ a, (x + 1.0) @ a))
     x = tg.constant(RNG.normal(size=(64, 64)).astype("f4"))
