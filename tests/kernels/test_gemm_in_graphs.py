@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "kernels")]
-
 from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake
 
 import tapegrad as tg
