@@ -258,11 +258,12 @@ class FakeTimer:
     def __init__(self, fake: FakeCublasLt, seconds: Callable[[int, int], float]) -> None:
         self.fake, self.seconds = fake, seconds
         self.timed: list[tuple[int, int]] = []
+        self.results: list[Any] = []
 
     def __call__(self, run: Callable[[], object]) -> float:
         assert device.allocators, "what is only tried out stays in the user's memory"
         before = len(self.fake.launches)
-        run()
+        self.results.append(run())
         launched = self.fake.launches[before:]
         key = (launched[-1].epilogue, launched[-1].algorithm) if launched else (0, 0)
         self.timed.append(key)
