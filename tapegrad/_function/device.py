@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from tapegrad.config import config
 from tapegrad.errors import TapeWarning
 from tapegrad.primitive import MultiPrimitive, Update
 from tapegrad.variable import Variable
+
+# Launches a program in a workplace, for these inputs; returns the result arrays.
+Issue = Callable[..., list[Array]]
 
 # What was warned of: each fit makes its function anew, of the same name.
 _told: set[tuple[str, str]] = set()
@@ -54,6 +58,7 @@ class DeviceReplay(Replay):
         self._workplace: Workplace | None = None
         self._graph: Graph | None = None
         self._loop: _Loop | None = None
+        self._current: Launches | None = None  # what is being launched, for its errors
         self.arena = 0
         self.text = _listing(program, self._schedule)
 
@@ -83,17 +88,60 @@ class DeviceReplay(Replay):
         graphs = self._why_plain is None and config.cuda_graphs
         if graphs and self._workplace is not None:
             if self._graph is None:
-                self._capture(arrays)
+                inputs = [a if used else None for a, used in zip(arrays, self._used, strict=True)]
+                self._graph = self._capture(self._workplace, self._issue, inputs)
+                self.arena = 0 if self._graph is None else self._graph.nbytes
             if self._graph is not None:
                 return self._graph.launch(arrays, self._around)
             graphs = False
         if self._writes:
             # A view of a Variable keeps its values: the program's own writes would change them.
             arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
-        if graphs:
-            return self._warm_up(arrays)
-        results = Launches(self._schedule, arrays).run(self._given_out, self._around)
-        return [a.copy() if _is_shared(a, arrays) else a for a in results]
+        if not graphs:
+            results = Launches(self._schedule, arrays).run(self._given_out, self._around)
+            return [a.copy() if _is_shared(a, arrays) else a for a in results]
+        # In rows and aligned, as the graph's own inputs will be: for others there may be other
+        # kernels to build and other algorithms of products to choose, which no capture can.
+        arrays = [a.copy() for a in arrays]
+        self._workplace = Workplace(_backend.module_named("cupy"))
+        return self._warm_up(self._workplace, self._issue, arrays)
+
+    def _issue(
+        self, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
+    ) -> list[Array]:
+        """Launch the program in a workplace; return what is given out of it."""
+        self._current = Launches(self._schedule, inputs, place)
+        return self._current.run(self._given_out, around)
+
+    def _warm_up(self, place: Workplace, issue: Issue, arrays: Sequence[Array]) -> list[Array]:
+        """Launch a program where it will be captured."""
+        try:
+            with place.turn():
+                results = place.launch(lambda: issue(place, arrays, self._around))
+            if self._current is not None and self._current.on_host is not None:
+                self._stay_plain("it computes with NumPy's arrays too", self._current.on_host)
+        finally:
+            self._current = None
+        return results
+
+    def _capture(
+        self,
+        place: Workplace,
+        issue: Issue,
+        inputs: Sequence[Array | None],
+        kept: Sequence[Array] = (),
+    ) -> Graph | None:
+        """Return the graph of a program, or None where it cannot be captured, which is told."""
+        try:
+            return Graph(place, lambda mine: issue(place, mine), inputs, kept)
+        except Exception as error:
+            step = None if self._current is None else self._current.step
+            self._stay_plain(f"{type(error).__name__}: {error}", step)
+            return None
+        finally:
+            self._current = None
+
+    # ---- several batches a launch
 
     def run_many(self, feed: Feed, first: int) -> list[Any] | None:
         """Run the program on some batches of a feed by one launch.
@@ -108,96 +156,54 @@ class DeviceReplay(Replay):
                 self._check_placements()
             if self._why_plain is not None or not config.cuda_graphs:
                 return None
-            if self._loop is None or self._loop.feed is not feed:
-                self._loop = _Loop(feed, Workplace(_backend.module_named("cupy")))
-            stacks = self._stacks(self._loop, first)
+            stacks = self._stacks(feed, first)
         if stacks is None:
             return None
         found = iter(stacks)
         return [_tensor(next(found)) if type(x) is Value else x for x in self._program.outputs]
 
-    def _stacks(self, loop: _Loop, first: int) -> list[Array] | None:
-        feed, place = loop.feed, loop.place
-        xp = place.xp
-        values = list(self._program.output_values())
-        step: Step | None = None
-
-        def issue(inputs: Sequence[Array], around: Writes | None = None) -> list[Array]:
-            nonlocal step
-            order, position = inputs
-            places = xp.take(order, position + xp.arange(feed.count), axis=0)
-            stacks = [xp.empty((feed.count, *x.shape), x.dtype) for x in values]
-            for k in range(feed.count):
-                batch = [xp.take(x, places[k], axis=0) for x in feed.arrays]
-                launches = Launches(self._schedule, batch, place)
-                try:
-                    results = launches.run(values, around)
-                except Exception:
-                    step = launches.step
-                    raise
-                for stack, y in zip(stacks, results, strict=True):
-                    stack[k] = y
-            return stacks
-
-        if not loop.warm:
-            with place.turn():
-                position = xp.full((), first, np.int64)
-                results = place.launch(lambda: issue([feed.order, position], self._around))
-            loop.warm = True
+    def _stacks(self, feed: Feed, first: int) -> list[Array] | None:
+        loop = self._loop
+        issue = functools.partial(self._issue_many, feed)
+        if loop is None or loop.feed is not feed:
+            place = Workplace(_backend.module_named("cupy"))
+            position = place.xp.full((), first, np.int64)
+            results = self._warm_up(place, issue, [feed.order, position])
+            if self._why_plain is None:
+                self._loop = _Loop(feed, place)
             return results
         if loop.graph is None:
-            like = [feed.order, xp.empty((), np.int64)]
-            try:
-                loop.graph = Graph(place, issue, like, feed.arrays)
-            except Exception as error:
-                self._loop = None
-                self._stay_plain(f"{type(error).__name__}: {error}", step)
+            like = [feed.order, loop.place.xp.empty((), np.int64)]
+            loop.graph = self._capture(loop.place, issue, like, feed.arrays)
+            if loop.graph is None:
                 return None
         order = None if loop.order is feed.order else feed.order
         results = loop.graph.launch([order, first], self._around)
         loop.order = feed.order
         return results
 
-    def _warm_up(self, arrays: Sequence[Array]) -> list[Array]:
-        # As the graph's own inputs are: for others CuPy may have other kernels to build.
-        arrays = [a if a.flags.c_contiguous else a.copy() for a in arrays]
-        place = Workplace(_backend.module_named("cupy"))
-        # In rows and aligned, as the graph's own inputs will be: products are planned by layout,
-        # and none can be while a stream captures.
-        launches = Launches(self._schedule, [a.copy() for a in arrays], place)
-        with place.turn():
-            results = place.launch(lambda: launches.run(self._given_out, self._around))
-        self._workplace = place
-        if launches.on_host is not None:
-            self._stay_plain("it computes with NumPy's arrays too", launches.on_host)
-        return results
+    def _issue_many(
+        self, feed: Feed, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
+    ) -> list[Array]:
+        """Launch the program on batch after batch; return its results, stacked."""
+        xp = place.xp
+        order, position = inputs
+        places = xp.take(order, position + xp.arange(feed.count), axis=0)
+        values = list(self._program.output_values())
+        stacks = [xp.empty((feed.count, *x.shape), x.dtype) for x in values]
+        for k in range(feed.count):
+            batch = [xp.take(x, places[k], axis=0) for x in feed.arrays]
+            self._current = Launches(self._schedule, batch, place)
+            for stack, y in zip(stacks, self._current.run(values, around), strict=True):
+                stack[k] = y
+        return stacks
 
-    def _capture(self, arrays: Sequence[Array]) -> None:
-        place = self._workplace
-        assert place is not None
-        inputs = [a if used else None for a, used in zip(arrays, self._used, strict=True)]
-        step: Step | None = None
-
-        def issue(mine: Sequence[Array]) -> list[Array]:
-            nonlocal step
-            launches = Launches(self._schedule, mine, place)
-            try:
-                return launches.run(self._given_out)
-            except Exception:
-                step = launches.step
-                raise
-
-        try:
-            self._graph = Graph(place, issue, inputs)
-        except Exception as error:
-            self._stay_plain(f"{type(error).__name__}: {error}", step)
-        else:
-            self.arena = self._graph.nbytes
+    # ---- where there is no graph
 
     def _stay_plain(self, cause: str, step: Step | None) -> None:
         where = "" if step is None else f" ({step.name} at {step.where})"
         self._why_plain = f"{cause}{where}"
-        self._workplace = None
+        self._workplace = self._graph = self._loop = None
         key = self._name, self._why_plain
         if key not in _told:
             _told.add(key)
@@ -252,7 +258,6 @@ class _Loop:
     def __init__(self, feed: Feed, place: Workplace) -> None:
         self.feed = feed
         self.place = place
-        self.warm = False
         self.graph: Graph | None = None
         self.order: Array | None = None  # what the graph was given last
 

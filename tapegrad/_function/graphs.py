@@ -118,15 +118,10 @@ class Graph:
         arrays  the inputs; a Python number fills one, and None leaves it as it was.
         around  what surrounds a write to Variables: the launch is one.
         """
-        xp = self._workplace.xp
         with self._workplace.turn() as stream:
             for mine, given in zip(self._inputs, arrays, strict=True):
-                if mine is None or given is None:
-                    continue
-                if type(given) is int:
-                    mine.fill(given)
-                else:
-                    xp.copyto(mine, given)
+                if mine is not None and given is not None:
+                    mine[...] = given
             around.begin()
             try:
                 self._graph.launch(stream)
