@@ -138,6 +138,9 @@ class Stream:
             raise CudaError("the stream does not capture")
         return capture.end(self)
 
+    def is_capturing(self):
+        return self.capture is not None
+
     def synchronize(self):
         device.wait_for_host(self)
 
@@ -430,9 +433,10 @@ class Device:
 
     def to_host(self, array):
         """Copy an array to the host, which waits for its stream."""
+        if self.stream.capture is None:
+            self.touch(self.stream, "a copy to the host", [handle_of(array).storage], [])
         self.wait_for_host(self.stream)
         self.host_reads += 1
-        self.touch(self.stream, "a copy to the host", [handle_of(array).storage], [])
         return np.array(_plain_view(array))
 
     def from_host(self, value, dtype=None):

@@ -41,6 +41,7 @@ class DeviceReplay(Replay):
     def _prepare(self) -> None:
         """Plan the launches; what was captured before reads Variables where they were."""
         program = self._program
+        self._xp = _backend.module_named("cupy")
         self._placements = _storage.placements
         self._memory_of = [(v, v._array) for v in self.variables()]
         for _, array in self._memory_of:
@@ -85,7 +86,7 @@ class DeviceReplay(Replay):
 
     def _results(self, arrays: Sequence[Array]) -> list[Array]:
         """Return what the program gives, in memory of the caller's own."""
-        graphs = self._why_plain is None and config.cuda_graphs
+        graphs = self._uses_graphs()
         if graphs and self._workplace is not None:
             if self._graph is None:
                 inputs = [a if used else None for a, used in zip(arrays, self._used, strict=True)]
@@ -103,8 +104,14 @@ class DeviceReplay(Replay):
         # In rows and aligned, as the graph's own inputs will be: for others there may be other
         # kernels to build and other algorithms of products to choose, which no capture can.
         arrays = [a.copy() for a in arrays]
-        self._workplace = Workplace(_backend.module_named("cupy"))
+        self._workplace = Workplace(self._xp)
         return self._warm_up(self._workplace, self._issue, arrays)
+
+    def _uses_graphs(self) -> bool:
+        if self._why_plain is not None or not config.cuda_graphs:
+            return False
+        # A caller who captures a graph of their own gets the launches into it.
+        return not self._xp.cuda.get_current_stream().is_capturing()
 
     def _issue(
         self, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
@@ -154,7 +161,7 @@ class DeviceReplay(Replay):
         with self._lock:
             if self._placements != _storage.placements:
                 self._check_placements()
-            if self._why_plain is not None or not config.cuda_graphs:
+            if not self._uses_graphs():
                 return None
             stacks = self._stacks(feed, first)
         if stacks is None:
@@ -166,14 +173,14 @@ class DeviceReplay(Replay):
         loop = self._loop
         issue = functools.partial(self._issue_many, feed)
         if loop is None or loop.feed is not feed:
-            place = Workplace(_backend.module_named("cupy"))
-            position = place.xp.full((), first, np.int64)
+            place = Workplace(self._xp)
+            position = self._xp.full((), first, np.int64)
             results = self._warm_up(place, issue, [feed.order, position])
             if self._why_plain is None:
                 self._loop = _Loop(feed, place)
             return results
         if loop.graph is None:
-            like = [feed.order, loop.place.xp.empty((), np.int64)]
+            like = [feed.order, self._xp.empty((), np.int64)]
             loop.graph = self._capture(loop.place, issue, like, feed.arrays)
             if loop.graph is None:
                 return None
@@ -186,7 +193,7 @@ class DeviceReplay(Replay):
         self, feed: Feed, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
     ) -> list[Array]:
         """Launch the program on batch after batch; return its results, stacked."""
-        xp = place.xp
+        xp = self._xp
         order, position = inputs
         places = xp.take(order, position + xp.arange(feed.count), axis=0)
         values = list(self._program.output_values())

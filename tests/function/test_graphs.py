@@ -625,6 +625,33 @@ def test_callers_on_streams_of_their_own() -> None:
         assert_same(got, want)
 
 
+def test_a_capture_of_the_callers_own() -> None:
+    """It gets the launches themselves."""
+    v = tg.Variable([1.0, 2.0])
+    f = tg.function(lambda x: v.assign_add(x * 2.0) * 1.0)
+    x = tg.constant([1.0, 1.0])
+    for _ in range(4):
+        f(x)
+    stream, pool = fake_cupy.Stream(non_blocking=True), fake_cupy.MemoryPool()
+    stream.wait_event(gpu.stream.record())
+    collects, before = gc.isenabled(), gpu.launched_graphs
+    gc.disable()
+    try:
+        with stream, fake_cupy.FakeCupy().cuda.using_allocator(pool.malloc):
+            stream.begin_capture()
+            y = f(x)
+            graph = stream.end_capture()
+    finally:
+        if collects:
+            gc.enable()
+    assert v.tolist() == [9.0, 10.0]
+    for i in range(3):
+        graph.launch(stream)
+        stream.synchronize()
+        assert y.tolist() == v.tolist() == [9.0 + 2 * (i + 1), 10.0 + 2 * (i + 1)]
+    assert gpu.launched_graphs - before == 3
+
+
 # ---- faults planted on purpose
 
 
