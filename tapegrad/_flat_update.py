@@ -16,7 +16,7 @@ class FlatUpdate(Update):
     """An Update of flat arrays by a rule on their blocks; the last of them is the gradient.
 
     rule     what is done with a block.
-    numbers  what the rule needs, of the hyper-parameters as Python numbers.
+    numbers  what the rule needs, of the hyper-parameters: Python numbers, or a device's arrays.
     """
 
     __slots__ = ("numbers", "rule")
@@ -25,7 +25,7 @@ class FlatUpdate(Update):
         self,
         name: str,
         rule: Callable[..., None],
-        numbers: Callable[..., tuple[float, ...]],
+        numbers: Callable[..., tuple[Any, ...]],
         *,
         writes: int,
         kernel: Callable[..., Any],
@@ -37,11 +37,10 @@ class FlatUpdate(Update):
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
         arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
         g = arrays[-1]
-        found = self.numbers(*[x.item() for x in settings])
         if xp is np:  # a ufunc takes an array without axes in two thirds of the time of a scalar
-            numbers = [np.array(k, g.dtype) for k in found]
-        else:
-            numbers = [g.dtype.type(k) for k in found]
+            numbers = [np.array(k, g.dtype) for k in self.numbers(*[x.item() for x in settings])]
+        else:  # computed where they are: asking for their values would wait for the device
+            numbers = [k.astype(g.dtype) for k in self.numbers(*settings)]
         self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, **params)
 
     def update_blocks(

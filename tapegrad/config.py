@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "cuda_graphs": (True, False),
     "scalar_targets": ("sum", "warn", "raise"),
     "tf32": (False, True),
     "deterministic": (False, True),
@@ -14,6 +15,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class Config:
     """Settings, assigned as attributes: `tg.config.scalar_targets = "raise"`.
 
+    cuda_graphs     whether compiled functions on a GPU are replayed as CUDA graphs: True, or False
+                    to launch their operations one by one.
     scalar_targets  what a gradient of a target that is no scalar does: `"sum"` (as TensorFlow:
                     the gradient of the sum of its elements), `"warn"` or `"raise"`.
     tf32            whether matrix products of float32 tensors on a GPU may round their factors to
@@ -26,6 +29,7 @@ class Config:
     Raises `AttributeError` for an unknown setting, `ValueError` for an unknown value.
     """
 
+    cuda_graphs: bool = True
     scalar_targets: str = "sum"
     tf32: bool = False
     deterministic: bool = False

@@ -358,7 +358,8 @@ def _from_labels(
             losses = fused.label_cross_entropy(rows, labels, **options)
         return losses, counted
     safe = labels if ignore is None else ew.where(ew.equal(labels, ignore), 0, labels)
-    weight = indexing.take(weights, safe)
+    # A wrong label shows in the loss itself; with smoothing it would not.
+    weight = indexing.take(weights, safe) if smoothing else indexing.rows_at(weights, safe)
     if counted is not None:
         weight = ew.multiply(weight, counted)
     if smoothing:  # every class has a term, each with its own weight

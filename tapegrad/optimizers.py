@@ -80,9 +80,8 @@ def _divide_by_root(xp: Module, g: Array, square: Array, spare: Array, rate: Any
     does not move.
     """
     xp.sqrt(square, spare)
-    if eps.item():
-        xp.add(spare, eps, spare)
-    else:
+    xp.add(spare, eps, spare)
+    if xp is not np or not eps.item():  # a device would be waited for
         spare[...] = xp.where(spare == 0, spare.dtype.type(math.inf), spare)
     xp.divide(g, spare, spare)
     xp.multiply(spare, rate, spare)
@@ -134,7 +133,7 @@ def _adam_numbers(
 ) -> tuple[float, ...]:
     # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
     # the root: two passes over memory fewer.
-    root = math.sqrt(1 - beta_2**step)
+    root = _square_root(1 - beta_2**step)
     return (
         beta_1,
         1 - beta_1,
@@ -144,6 +143,11 @@ def _adam_numbers(
         epsilon * root,
         1 - learning_rate * weight_decay,
     )
+
+
+def _square_root(x: Any) -> Any:
+    """Return the root of a Python number, or of a device's array where it is."""
+    return math.sqrt(x) if type(x) is float else np.sqrt(x)
 
 
 def _adam_rule(
@@ -170,7 +174,7 @@ def _adam_rule(
     multiply(v, b2, v)
     add(v, spare, v)
     _divide_by_root(xp, m, v, spare, rate, eps)
-    if shrink.item() != 1:
+    if xp is not np or shrink.item() != 1:
         multiply(p, shrink, p)
     xp.subtract(p, spare, p)
 

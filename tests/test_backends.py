@@ -1,7 +1,6 @@
 """Backends: which one is taken, what happens without a GPU, and that only primitives touch arrays.
 
-`FakeCupy` stands in for CuPy where no GPU is: NumPy underneath, but a class of arrays of its own
-that refuses NumPy's arrays, as CuPy's does.
+`FakeCupy` stands in for CuPy where no GPU is.
 """
 
 import contextlib
@@ -24,6 +23,7 @@ from tapegrad.layers import Dense, Dropout
 from tapegrad.primitive import Update, primitives
 from tapegrad.training import runs
 from tapegrad.variable import Variable
+from tests.fake_cupy import FakeCupy
 
 ROOT = str(Path(tg.__file__).parents[1])
 
@@ -289,94 +289,6 @@ def test_unknown_names():
 
 
 # ---- a CuPy in this process
-
-
-def plain(value):
-    """Return what NumPy is to compute with."""
-    if isinstance(value, FakeArray):
-        return value.view(np.ndarray)
-    if isinstance(value, np.ndarray):
-        raise TypeError(f"Unsupported type {type(value)}")
-    if isinstance(value, (list, tuple)):
-        return type(value)([plain(each) for each in value])
-    return value
-
-
-def fake(value):
-    if isinstance(value, (np.ndarray, np.generic)):
-        return np.asarray(value).view(FakeArray)
-    if isinstance(value, (list, tuple)):
-        return type(value)([fake(each) for each in value])
-    return value
-
-
-class FakeArray(np.ndarray):
-    """An array of the stand-in: 0-d results are arrays, and NumPy's arrays are refused."""
-
-    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
-        options = {key: plain(value) for key, value in options.items()}
-        if out is not None:
-            options["out"] = tuple(plain(each) for each in out)
-        y = getattr(ufunc, method)(*[plain(each) for each in inputs], **options)
-        return out[0] if out is not None else fake(y)
-
-    def __array_function__(self, function, kinds, inputs, options):
-        options = {key: plain(value) for key, value in options.items()}
-        return fake(function(*[plain(each) for each in inputs], **options))
-
-    def __getitem__(self, index):
-        return fake(self.view(np.ndarray)[plain(index)])
-
-    def __setitem__(self, index, value):
-        self.view(np.ndarray)[plain(index)] = plain(value)
-
-    def __array__(self, dtype=None, copy=None):
-        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
-
-    def get(self):
-        return np.array(self.view(np.ndarray))
-
-    @property
-    def data(self):
-        address = self.view(np.ndarray).__array_interface__["data"][0]
-        return types.SimpleNamespace(ptr=address, device_id=0)
-
-    @property
-    def device(self):
-        return "<CUDA Device 0>"
-
-
-for reduction in ("sum", "max", "min", "prod", "mean", "any", "all", "cumsum", "argmax"):
-
-    def method(self, *inputs, name=reduction, **options):
-        return fake(getattr(self.view(np.ndarray), name)(*inputs, **options))
-
-    setattr(FakeArray, reduction, method)
-FakeArray.__name__, FakeArray.__module__ = "ndarray", "cupy"
-
-
-class FakeCupy(types.ModuleType):
-    ndarray = FakeArray
-
-    def __init__(self):
-        super().__init__("cupy")
-        runtime = types.SimpleNamespace(getDeviceCount=lambda: 1)
-        self.cuda = types.SimpleNamespace(runtime=runtime)
-
-    def __getattr__(self, name):
-        value = getattr(np, name)
-        if isinstance(value, type) or not callable(value):
-            return value
-
-        def function(*inputs, **options):
-            if name not in ("asarray", "array"):
-                inputs = [plain(each) for each in inputs]
-            else:
-                inputs = [each.view(np.ndarray) if isinstance(each, FakeArray) else each
-                          for each in inputs]  # fmt: skip
-            return fake(value(*inputs, **{key: plain(each) for key, each in options.items()}))
-
-        return function
 
 
 @pytest.fixture

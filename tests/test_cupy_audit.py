@@ -16,6 +16,7 @@ import pytest
 
 import tapegrad
 import tapegrad.kernels
+from tests import fake_cupy
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy, but no GPU")
 
@@ -156,6 +157,29 @@ def test_the_audit_finds_what_arrays_lack() -> None:
     source = "lambda xp, x: x.itemset(0, 1) + x.sum()"
     asked = list(array_attributes(source, "f.py"))
     assert [name for _, name in asked if not hasattr(cupy.ndarray, name)] == ["itemset"]
+
+
+def test_the_stand_in_offers_nothing_that_cupy_lacks() -> None:
+    def public(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    pairs = {
+        fake_cupy.FakeArray: cupy.ndarray,
+        fake_cupy.Event: cupy.cuda.Event,
+        fake_cupy.Graph: cupy.cuda.Graph,
+        fake_cupy.MemoryPool: cupy.cuda.MemoryPool,
+        fake_cupy.Stream: cupy.cuda.Stream,
+    }
+    for mine, theirs in pairs.items():
+        assert {name for name in public(mine) if not hasattr(theirs, name)} == set(), mine
+    assert len(public(fake_cupy.FakeArray)) > 30
+    assert "begin_capture" in public(fake_cupy.Stream)
+    stand_in = fake_cupy.FakeCupy()
+    assert {name for name in vars(stand_in.cuda) if not hasattr(cupy.cuda, name)} == set()
+    for kind in ("Event", "Stream"):
+        inspect.signature(getattr(cupy.cuda, kind)).bind(
+            **{"Event": {"disable_timing": True}, "Stream": {"non_blocking": True}}[kind]
+        )
 
 
 def test_types_are_weak_beside_python_numbers() -> None:

@@ -12,6 +12,9 @@ lowering    steps as calls of NumPy into planned memory; numpy_calls has the tab
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
 lease       results in the program's own memory, for who asks for it.
+schedule    on a GPU: the order of a program's steps on two branches, and who waits for whom.
+device      their launching, one by one or as a CUDA graph.
+graphs      the capture of CUDA graphs, and their memory.
 dispatch    signatures, programs, when to record and when to replay.
 """
 

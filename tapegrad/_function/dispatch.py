@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._function.device import DeviceReplay
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
@@ -225,7 +226,8 @@ class Function:
         if found is None:
             with self._lock:
                 if entry.replay is None:
-                    entry.replay = Replay(program, self._name, leased=self._leased)
+                    kind = Replay if program.on_host else DeviceReplay
+                    entry.replay = kind(program, self._name, leased=self._leased)
                     entry.program = program
                     entry.recorded = None
             return
@@ -436,8 +438,10 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
 
     The first two calls of each signature run as they are, and are recorded. If both did the same,
     further calls run the recorded operations as straight-line NumPy in memory of their own, without
-    tape, rules and Python's bookkeeping; Variables are read and written in place. A whole training
-    step belongs inside: forward pass, loss, `tape.gradient`, the optimiser's update, metrics.
+    tape, rules and Python's bookkeeping; on a GPU they are captured as a CUDA graph, which one
+    launch replays (`tg.config.cuda_graphs`). Variables are read and written in place. A whole
+    training step belongs inside: forward pass, loss, `tape.gradient`, the optimiser's update,
+    metrics.
 
     strict         whether a function that cannot be compiled raises `FunctionError`; with False it
                    stays as it is, with one warning.
@@ -445,7 +449,8 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
                    anew: a replayed call's results and views of them are valid until the next call
                    of that signature, from whatever thread, and reading one later raises
                    `RuntimeError`. They may be arguments of that call. What is to last is copied
-                   with `y.numpy()` or `+y`. By default results are the caller's own.
+                   with `y.numpy()` or `+y`. By default, and always on a GPU, results are the
+                   caller's own.
 
     A signature is the structure of the arguments, shapes and types of the tensors in them, and the
     values of everything else: a Python number that changes makes a new program. Numbers in the

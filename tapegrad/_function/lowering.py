@@ -189,9 +189,6 @@ class Lowering:
             self.writes_from = len(self.lines)
 
     def _lower(self, step: Step) -> None:
-        if not self.program.on_host:  # kernels launch as they do in an eager call
-            self.call_meaning(step)
-            return
         lower = lowerings.get(step.name)
         if isinstance(step.primitive, FlatUpdate):
             lower = lowerings["flat_update"]
@@ -231,16 +228,11 @@ class Lowering:
         if not x.shape:
             place = self.local(x.shape, x.dtype)
             memory = Place("static", x.shape, x.dtype, array=variable._array)
-            # A NumPy scalar is a value of its own; a 0-d CuPy array shows the Variable's memory.
-            self.line("{} = {}[()]" if self.program.on_host else "{} = {}.copy()", place, memory)
+            self.line("{} = {}[()]", place, memory)  # a NumPy scalar: a value of its own
             return place
         memory = Place("static", x.shape, x.dtype, array=variable._array)
         if x not in self._copies and x not in self._outputs:
             return memory
-        if not self.program.on_host:
-            place = self.local(x.shape, x.dtype)
-            self.line("{} = {}.copy()", place, memory)
-            return place
         place = self.arena(x.shape, x.dtype)
         self.line("copyto({}, {})", place, memory)
         return place

@@ -97,7 +97,7 @@ class Program:
     inputs     the Values of the tensor arguments.
     outputs    the leaves of the result: Values, and anything else as it was.
     structure  the result, whose leaves `outputs` replaces.
-    on_host    whether all of it is NumPy's: it then runs in memory of its own.
+    on_host    whether all of it is NumPy's; else a device's launches replay it.
     maker_of   returns the step that gave a constant while it was recorded, if one did.
     """
 

@@ -171,8 +171,7 @@ class Replay:
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        rewrite = "layout" in simplify.ENABLED and self._program.on_host
-        layout = Layout(self._program if rewrite else None, self._first_write)
+        layout = Layout(self._program if "layout" in simplify.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
         self._placements, self._memory_of = placements, memory_of
 
@@ -207,6 +206,11 @@ class Replay:
         if self._careful is None:
             _, _, self._careful = self._lower(Layout(None))
         return self._careful(*arrays)
+
+    @property
+    def structure(self) -> Any:
+        """The structure of the result, with something in place of its leaves."""
+        return self._program.structure
 
     def explain(self) -> str:
         """Return the text that runs, with the size of its memory."""
@@ -309,8 +313,7 @@ def _result(lowered: Lowering, x: Any) -> tuple[str, Any]:
         return "tensor({})", place
     if lowered.leased and place.kind == "arena":
         return "tensor({})", place
-    scalar = not x.shape and lowered.program.on_host
-    return ("tensor({}[()])" if scalar else "tensor({}.copy())"), place
+    return ("tensor({}.copy())" if x.shape else "tensor({}[()])"), place
 
 
 class _Text:

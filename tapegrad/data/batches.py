@@ -11,7 +11,7 @@ from tapegrad._recording import no_record
 from tapegrad._structure import flatten_with_paths, map_structure
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import to_backend
-from tapegrad.ops.indexing import getitem, take
+from tapegrad.ops.indexing import getitem, rows_at
 from tapegrad.random import Generator, default_generator
 from tapegrad.tensor import Tensor
 
@@ -63,12 +63,18 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of one epoch."""
-        order = self._generator.permutation(self.rows) if self.shuffle else None
+        order = self._order()
         for i in range(len(self)):
-            part = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            with no_record():  # left before the yield: the caller's tapes see what the caller does
-                batch = map_structure(partial(_part, order, part), self._arrays)
-            yield batch
+            yield self._batch(order, i)
+
+    def _order(self) -> Tensor | None:
+        """Return the order of the rows in a new epoch, None for the one in which they lie."""
+        return self._generator.permutation(self.rows) if self.shuffle else None
+
+    def _batch(self, order: Tensor | None, i: int) -> Any:
+        part = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        with no_record():  # the caller's tapes see what the caller does
+            return map_structure(partial(_part, order, part), self._arrays)
 
 
 def _tensors(arrays: Any) -> Any:
@@ -91,4 +97,4 @@ def _part(order: Tensor | None, part: slice, x: Tensor) -> Tensor:
     if order is None:
         return getitem(x, part)
     rows = getitem(order, part)
-    return take(x, rows if rows.backend == x.backend else to_backend(rows, x.backend), axis=0)
+    return rows_at(x, rows if rows.backend == x.backend else to_backend(rows, x.backend))

@@ -19,8 +19,10 @@ from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import ArrayLike, Tensor, wrap
 
 
-def _getitem_forward(xp: Module, x: Array, *arrays: Array, index: Index) -> Array:
-    if xp is not np and arrays:
+def _getitem_forward(
+    xp: Module, x: Array, *arrays: Array, index: Index, in_range: bool = False
+) -> Array:
+    if xp is not np and arrays and not in_range:  # which waits for the device
         _check_bounds(x.shape, arrays, index)
     return x[filled(index, arrays)]
 
@@ -51,7 +53,13 @@ def _is_mask(part: Any) -> bool:
 
 
 def _getitem_vjp(
-    needs: tuple[bool, ...], g: Tensor, _y: Any, _x: Any, *arrays: Tensor, index: Index
+    needs: tuple[bool, ...],
+    g: Tensor,
+    _y: Any,
+    _x: Any,
+    *arrays: Tensor,
+    index: Index,
+    in_range: bool = False,
 ) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(arrays)
     if not arrays:
@@ -104,7 +112,7 @@ _places: Primitive = primitive("places", _places_forward, None)
 _scatter_add: Primitive = primitive(
     "scatter_add",
     lambda xp, values, index, *, rows: _backend.scatter_add(xp, values, index, rows),
-    lambda g, _y, _values, index, *, rows: _getitem(g, index, index=(SLOT,)),
+    lambda g, _y, _values, index, *, rows: _getitem(g, index, index=(SLOT,), in_range=True),
     None,
     kernel=kernels.scatter_add,
 )
@@ -144,6 +152,11 @@ def take(x: ArrayLike, indices: ArrayLike, /, axis: int | None = None) -> Tensor
     return _getitem(x, array, index=(FULL,) * place + (SLOT,))
 
 
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """Return the rows of x at places that are known to be in range."""
+    return _getitem(x, places, index=(SLOT,), in_range=True)
+
+
 def gather(params: ArrayLike, indices: ArrayLike, /, axis: int = 0) -> Tensor:
     """Return the slices of `params` along an axis that `indices` name: TensorFlow's name of `take`.
 
@@ -167,6 +180,10 @@ def take_along_axis(x: ArrayLike, indices: ArrayLike, /, axis: int = -1) -> Tens
     [[2.]
      [3.]], shape=(2, 1), dtype=float32)
     """
+    return _take_along_axis(x, indices, axis, in_range=False)
+
+
+def _take_along_axis(x: ArrayLike, indices: ArrayLike, axis: int, *, in_range: bool) -> Tensor:
     x = as_tensor(x)
     xp = _backend.module_of((x._array,))
     array = index_array(indices, xp)
@@ -180,7 +197,7 @@ def take_along_axis(x: ArrayLike, indices: ArrayLike, /, axis: int = -1) -> Tens
         for i, length in enumerate(x.shape)
     ]
     others[place] = array
-    return _getitem(x, *others, index=(SLOT,) * x.ndim)
+    return _getitem(x, *others, index=(SLOT,) * x.ndim, in_range=in_range)
 
 
 _one_hot: Primitive = primitive(
@@ -247,7 +264,8 @@ def sort(x: ArrayLike, /, axis: int = -1, *, descending: bool = False) -> Tensor
     tg.Tensor([1. 2. 3.], shape=(3,), dtype=float32)
     """
     x = as_tensor(x)
-    return take_along_axis(x, argsort(x, axis=axis, descending=descending), axis=axis)
+    order = argsort(x, axis=axis, descending=descending)
+    return _take_along_axis(x, order, axis, in_range=True)
 
 
 class TopK(NamedTuple):
@@ -273,4 +291,4 @@ def top_k(x: ArrayLike, k: int, /) -> TopK:
     if not 0 <= operator.index(k) <= length:
         raise ValueError(f"[top_k] k must be from 0 to {length}, the last axis' length, got {k}")
     indices = getitem(argsort(x, descending=True), (..., slice(0, k)))
-    return TopK(take_along_axis(x, indices), indices)
+    return TopK(_take_along_axis(x, indices, -1, in_range=True), indices)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from tapegrad._function import function
 from tapegrad._recording import no_record
 from tapegrad._structure import flatten
 from tapegrad.data.batches import Batches
+from tapegrad.data.steps import Steps
 from tapegrad.layers import Layer
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import shape as shapes
@@ -55,19 +57,27 @@ class Model(Layer):
         metrics: Any = (),
         weighted_metrics: Any = (),
         run_eagerly: bool = False,
+        steps_per_execution: int = 1,
     ) -> None:
         """Choose how to train.
 
-        optimizer         a name or an optimiser of `tapegrad.optimizers`.
-        loss              a name, a loss of `tapegrad.losses`, or a function of (y_true, y_pred).
-        metrics           names, metrics of `tapegrad.metrics` or functions, shown beside the loss.
-        weighted_metrics  the same, with the examples' weights taken in.
-        run_eagerly       whether `fit` runs `train_step` as it is written, in every step. By
-                          default it is compiled (`tg.function`): what is no operation of tapegrad,
-                          such as printing, then happens in the first steps only.
+        optimizer            a name or an optimiser of `tapegrad.optimizers`.
+        loss                 a name, a loss of `tapegrad.losses`, or a function of (y_true, y_pred).
+        metrics              names, metrics of `tapegrad.metrics` or functions, shown beside the
+                             loss.
+        weighted_metrics     the same, with the examples' weights taken in.
+        run_eagerly          whether `fit` runs `train_step` as it is written, in every step. By
+                             default it is compiled (`tg.function`): what is no operation of
+                             tapegrad, such as printing, then happens in the first steps only.
+        steps_per_execution  how many steps `fit` takes at once. On a GPU they are one launch, which
+                             takes the batches from arrays on the device (`tapegrad.data.Steps`).
+                             The results are the same; progress and Ctrl-C come after so many steps.
 
-        Raises `ValueError` for unknown names.
+        Raises `ValueError` for unknown names and for steps_per_execution < 1.
         """
+        self._steps_per_execution = operator.index(steps_per_execution)
+        if self._steps_per_execution < 1:
+            raise ValueError(f"steps_per_execution must be at least 1, got {steps_per_execution!r}")
         self._optimizer = optimizers.get(optimizer)
         self._loss = None if loss is None else losses.get(loss)
         self._metrics = _metrics(metrics)
@@ -171,8 +181,7 @@ class Model(Layer):
         if class_weight is not None:
             sample_weight = _class_weights(y, class_weight, sample_weight)
         batches = _batches(x, y, sample_weight, batch_size, shuffle, seed)
-        # Compiled anew for each fit: layers may have been frozen since the last one.
-        step = self.train_step if self._run_eagerly else function(self.train_step, strict=False)
+        epoch_of_steps = self._trainer(batches)
         history = History()
         progress = Progress(verbose, epochs)
         with Interrupts() as interrupts:
@@ -180,9 +189,8 @@ class Model(Layer):
                 self._reset()
                 progress.begin(epoch + 1, len(batches) if isinstance(batches, Batches) else None)
                 done = 0
-                for batch in batches:
-                    step(*_unpack(batch))
-                    done += 1
+                for count in epoch_of_steps():
+                    done += count
                     if interrupts.asked:
                         break
                     progress.update(done, self._numbers)
@@ -202,6 +210,33 @@ class Model(Layer):
                     history.interrupted = True
                     break
         return history
+
+    def _trainer(self, batches: Any) -> Callable[[], Iterator[int]]:
+        """Return what trains for one epoch: it yields how many steps it has taken at once."""
+        many = self._steps_per_execution
+        # Compiled anew for each fit: layers may have been frozen since the last one.
+        step = self.train_step if self._run_eagerly else function(self.train_step, strict=False)
+
+        def one_by_one() -> Iterator[int]:
+            count = 0
+            for batch in batches:
+                step(*_unpack(batch))
+                count += 1
+                if count == many:
+                    yield count
+                    count = 0
+            if count:
+                yield count
+
+        if many == 1 or self._run_eagerly or not isinstance(batches, Batches):
+            return one_by_one
+        steps = _TrainSteps(step, batches, many)
+
+        def many_at_once() -> Iterator[int]:
+            for count, _ in steps.epoch():
+                yield count
+
+        return many_at_once
 
     def _evaluate(self, x: Any, y: Any, sample_weight: Any, batch_size: int) -> dict[str, float]:
         self._reset()
@@ -332,6 +367,13 @@ class Model(Layer):
         total = self.count_params()
         size = sum(v.nbytes for v in self.variables)
         print_fn(f"Parameters: {total:,} ({size / 2**10:.1f} KiB), {trainable:,} of them trainable")
+
+
+class _TrainSteps(Steps):
+    """Steps of a model: `train_step` is given a batch's weights too, None where there are none."""
+
+    def _arguments(self, order: Tensor | None, i: int) -> tuple[Any, ...]:
+        return _unpack(super()._arguments(order, i))
 
 
 class Sequential(Model):

@@ -1,8 +1,8 @@
 """What the GPU tests share: the device (or its stand-in), arrays on it, and which kernels ran.
 
 They need CuPy and a usable GPU, and are skipped as a whole where there is none. To check the tests
-themselves without a GPU, set TAPEGRAD_GPU_TESTS=standin: a CuPy made of NumPy (the one of
-test_backends.py) takes the device's place, and the kernels run on the CPU (see ../cpu_cuda). Tests
+themselves without a GPU, set TAPEGRAD_GPU_TESTS=standin: a CuPy made of NumPy
+(../fake_cupy.py) takes the device's place, and the kernels run on the CPU (see ../cpu_cuda). Tests
 that only a device can answer are then skipped.
 """
 
@@ -43,9 +43,12 @@ if STAND_IN or (os.environ.get("TAPEGRAD_BACKEND") == "cupy" and _why_not()):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test of this folder."""
+    # What has no kernel may be refused in a capture; test_graphs.py asks for those that are not.
+    plain = pytest.mark.filterwarnings("ignore:.*cannot be replayed as a CUDA graph")
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(plain)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +77,7 @@ def cupy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     from cpu_kernels import kernels_on_cpu
     from cublaslt_emulation import cublaslt_on_cpu
 
-    from tests.test_backends import FakeCupy
+    from tests.fake_cupy import FakeCupy
 
     fake = FakeCupy()
     fake.ElementwiseKernel = _elementwise_kernel  # type: ignore[attr-defined]
@@ -83,10 +86,36 @@ def cupy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         kernels_on_cpu(),
         cublaslt_on_cpu(fake, cache),
     ):
+        patch.setattr(_build, "raw_module", _launched(_build.raw_module))
         for kernel in _build.ELEMENTWISE:
             patch.setattr(kernel, "_kernel", None)
         with tg.backend("cupy"):
             yield fake
+
+
+@functools.cache
+def _launched(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the kernels that are built for the CPU be launches of the stand-in."""
+    from tests.fake_cupy import FakeArray, device
+
+    class Module:
+        def __init__(self, **arguments: Any) -> None:
+            self._module = build(**arguments)
+
+        def get_function(self, name: str) -> Callable[..., None]:
+            kernel = self._module.get_function(name)
+
+            def launch(grid: Any, block: Any, arguments: Any) -> None:
+                def run(views: Any) -> None:
+                    rest = iter(views)
+                    filled = [next(rest) if isinstance(a, FakeArray) else a for a in arguments]
+                    kernel(grid, block, tuple(filled))
+
+                device.kernel(name, run, [a for a in arguments if isinstance(a, FakeArray)])
+
+            return launch
+
+    return Module
 
 
 def _elementwise_kernel(_inputs: str, _output: str, _operation: str, name: str) -> Any:
@@ -106,8 +135,6 @@ def on_device(array: np.ndarray[Any, Any]) -> Any:
     """Copy an array to the device with its memory layout: strides, gaps, misalignment."""
     array = np.asarray(array)
     xp = _backend._require_cupy()
-    if STAND_IN:
-        return array.view(xp.ndarray)
     low, high = _backend.byte_bounds(array)
     first = array.__array_interface__["data"][0] - low
     owner = array
@@ -119,6 +146,11 @@ def on_device(array: np.ndarray[Any, Any]) -> Any:
     lead = low % 16  # CuPy's memory begins at multiples of 512
     memory = xp.empty(lead + span.size, np.uint8)
     memory[lead:] = xp.asarray(span)
+    if STAND_IN:
+        view = np.ndarray(
+            array.shape, array.dtype, memory.view(np.ndarray), lead + first, array.strides
+        )
+        return view.view(xp.ndarray)
     return xp.ndarray(array.shape, array.dtype, memory.data + lead + first, array.strides)
 
 

@@ -60,7 +60,6 @@ def test_the_same_training_on_both_backends(optimizer: str, ran: list[str]) -> N
 
 
 def test_a_compiled_function_computes_on_the_device() -> None:
-    """Programs are made of NumPy's calls: on the device the function runs as it is written."""
     v = tg.Variable(np.zeros(3, "f4"))
 
     @tg.function
