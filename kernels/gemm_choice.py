@@ -70,8 +70,8 @@ class DeviceTimer:
     """
 
     _REPEATS = 10
-    _LEAD = 0.5e-3  # seconds in which Python can make so many launches
-    _BALLAST = 1 << 26  # bytes to fill: more than the L2 cache of an H200 (50 MiB)
+    _LEAD = 0.5e-3  # seconds of other work, for Python to make that many launches in
+    _BALLAST = 1 << 26  # bytes to fill: a launch of this takes far longer than to make it
 
     def __init__(self, xp: Module) -> None:
         self._cuda = xp.cuda

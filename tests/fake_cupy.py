@@ -25,14 +25,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from tapegrad import _backend
-
 
 class CudaError(RuntimeError):
     """What CUDA would refuse, or let pass and go wrong."""
-
-
-storages = weakref.WeakSet()
 
 
 class Storage:
@@ -45,8 +40,6 @@ class Storage:
         self.written = None
         self.read = {}
         self.handle = lambda: None  # of the array that they are now given to
-        self.address = np.frombuffer(self.bytes, np.uint8).__array_interface__["data"][0]
-        storages.add(self)
 
 
 class Handle(np.ndarray):
@@ -75,6 +68,7 @@ class MemoryPool:
         handle = np.ndarray.__new__(Handle, (size,), np.uint8, buffer=storage.bytes)
         handle.storage = storage
         storage.handle = weakref.ref(handle)
+        device.given_out[handle.__array_interface__["data"][0]] = storage
         weakref.finalize(handle, _give_back, storage).atexit = False
         return handle
 
@@ -188,7 +182,8 @@ class Address:
         self.handle = weakref.ref(handle)
         self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
         first = np.ndarray.__array_interface__.__get__(array)["data"][0]
-        self.offset = first - self.storage.address
+        start = np.frombuffer(self.storage.bytes, np.uint8).__array_interface__["data"][0]
+        self.offset = first - start
         reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
         self.low = self.offset + sum(r for r in reach if r < 0)
         self.high = self.offset + sum(r for r in reach if r > 0) + self.dtype.itemsize
@@ -312,6 +307,7 @@ class Device:
         self.fails_to_launch = False
         self.checks = True  # of the order between streams, outside captures
         self.graphs = []
+        self.given_out = weakref.WeakValueDictionary()  # storages by their first address
         self._local = threading.local()
 
     @property
@@ -429,16 +425,15 @@ class Device:
         if capture is not None:
             capture.nodes[-1].run = run
 
-    def memory_at(self, address, size):
-        """Return the bytes at an address as an array."""
-        for storage in storages:
-            offset = address - storage.address
-            if offset >= 0 and offset + size <= len(storage.bytes):
-                handle = storage.handle()
-                if handle is None:
-                    raise CudaError(f"the memory at {address:#x} was given back")
-                return np.ndarray.__new__(FakeArray, (size,), np.uint8, handle, offset)
-        raise CudaError(f"there is no memory at {address:#x}")
+    def array_at(self, address, shape, dtype, strides=None):
+        """Return what lies at an address, as a library is told of arrays."""
+        for first, storage in list(self.given_out.items()):
+            handle = storage.handle()
+            if handle is not None and first <= address < first + len(storage.bytes):
+                buffer = np.ndarray.view(handle, np.ndarray), address - first
+                np.ndarray(shape, dtype, *buffer, strides)  # within its memory
+                return np.ndarray.__new__(FakeArray, shape, dtype, handle, address - first, strides)
+        raise CudaError(f"a launch is given the address {address:#x}, where nothing lies")
 
     def to_host(self, array):
         """Copy an array to the host, which waits for its stream."""
@@ -595,20 +590,6 @@ for _name in METHODS.split():
 FakeArray.__name__, FakeArray.__module__ = "ndarray", "cupy"
 
 
-def fake(value):
-    """Copy NumPy's values to the device as they lie: strides and what 256 leaves of the address."""
-    value = np.asarray(value)
-    low, high = _backend.byte_bounds(value)
-    first = value.__array_interface__["data"][0]
-    handle = device.pool.malloc(high - low + 256)
-    lead = (low - handle.storage.address) % 256
-    y = np.ndarray.__new__(
-        FakeArray, value.shape, value.dtype, handle, lead + first - low, value.strides
-    )
-    _plain_view(y)[...] = value
-    return y
-
-
 class FakeCupy(types.ModuleType):
     """The module: NumPy's functions on the stand-in's arrays, and `cuda`."""
 
@@ -621,7 +602,10 @@ class FakeCupy(types.ModuleType):
             MemoryPool=MemoryPool,
             Stream=Stream,
             get_current_stream=lambda: device.stream,
-            runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
+            runtime=types.SimpleNamespace(
+                getDeviceCount=lambda: 1,
+                streamIsCapturing=lambda stream: device.stream.capture is not None,
+            ),
             using_allocator=_using_allocator,
         )
 

@@ -12,7 +12,6 @@ import numpy as np
 from tapegrad import _backend, _storage
 from tapegrad._backend import Array, Module, byte_bounds, owner_of
 from tapegrad._function.graphs import Graph, Workplace
-from tapegrad._function.lease import Lease
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.replay import Replay, Writes, _tensor
 from tapegrad._function.schedule import MAIN, SECOND, START, Schedule
@@ -62,7 +61,6 @@ class DeviceReplay(Replay):
         self._workplace: Workplace | None = None
         self._graph: Graph | None = None
         self._loop: _Loop | None = None
-        self._leases = [Lease(np.empty(0, np.uint8), self._name)] if self._leased else []
         self._current: Launches | None = None  # what is being launched, for its errors
         self.arena = 0
         self.text = _listing(program, self._schedule)
@@ -72,21 +70,17 @@ class DeviceReplay(Replay):
     def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
         """Run the program on the inputs' arrays; return the result in its structure."""
         with self._lock:
-            for lease in self._leases:
-                arrays = lease.end(arrays)
             if self._placements != _storage.placements:
                 self._check_placements()
             found = iter(self._results(arrays))
-            # Leased results have memory of their own here; the rule is the same.
-            tensor = self._leases[0] if self._leases else _tensor
-            leaves: list[Any] = []
-            for x in self._program.outputs:
-                if type(x) is not Value:
-                    leaves.append(x)
-                elif x.kind == "constant":
-                    leaves.append(x.source)
-                else:
-                    leaves.append(None if x.kind == "input" else tensor(next(found)))
+        leaves: list[Any] = []
+        for x in self._program.outputs:
+            if type(x) is not Value:
+                leaves.append(x)
+            elif x.kind == "constant":
+                leaves.append(x.source)
+            else:
+                leaves.append(None if x.kind == "input" else _tensor(next(found)))
         if self._finish is not None:
             return self._finish(tuple(leaves), tensors)
         kind = type(self._program.structure)

@@ -449,7 +449,8 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
                    anew: a replayed call's results and views of them are valid until the next call
                    of that signature, from whatever thread, and reading one later raises
                    `RuntimeError`. They may be arguments of that call. What is to last is copied
-                   with `y.numpy()` or `+y`. By default results are the caller's own.
+                   with `y.numpy()` or `+y`. By default, and always on a GPU, results are the
+                   caller's own.
 
     A signature is the structure of the arguments, shapes and types of the tensors in them, and the
     values of everything else: a Python number that changes makes a new program. Numbers in the

@@ -172,7 +172,8 @@ class Recording:
             for leaf in flatten(result)
         ]
         structure = map_structure(_without_values, result)
-        steps = written_out(self._steps)
+        xp = _backend.module_named("cupy" if self.on_device else "numpy")
+        steps = written_out(xp, self._steps)
         program = Program(self._inputs, steps, leaves, structure, not self.on_device)
         program.maker_of = self._maker_of
         return program

@@ -171,8 +171,7 @@ class Replay:
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
-        rewrite = "layout" in simplify.ENABLED
-        layout = Layout(self._program if rewrite else None, self._first_write)
+        layout = Layout(self._program if "layout" in simplify.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
         self._placements, self._memory_of = placements, memory_of
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
+from tapegrad._backend import Module
 from tapegrad._function.program import Step, Value
 from tapegrad.primitive import primitives
 from tapegrad.tensor import wrap
 
 
-def written_out(steps: Sequence[Step]) -> list[Step]:
+def written_out(xp: Module, steps: Sequence[Step]) -> list[Step]:
     """Return the steps with every shorthand replaced by what it stands for.
 
     So rewrites and lowerings meet each thing in one form only.
@@ -23,14 +22,15 @@ def written_out(steps: Sequence[Step]) -> list[Step]:
         if write_out is None:
             found.append(step)
         else:
-            write_out(_Writer(step, found))
+            write_out(_Writer(xp, step, found))
     return found
 
 
 class _Writer:
     """Adds steps in place of one."""
 
-    def __init__(self, step: Step, found: list[Step]) -> None:
+    def __init__(self, xp: Module, step: Step, found: list[Step]) -> None:
+        self._xp = xp
         self.step = step
         self._found = found
 
@@ -44,6 +44,12 @@ class _Writer:
         self._found.append(
             Step(primitives[name], inputs, outputs, params, step.where, order=step.order)
         )
+
+    def filled(self, value: float, *shape: int) -> Value:
+        """Return a constant of the step's type."""
+        xp, dtype = self._xp, self.step.outputs[0].dtype
+        array = xp.broadcast_to(xp.full((), value, dtype), shape)
+        return Value("constant", shape, dtype, wrap(array))
 
     def transposed(self, x: Value) -> Value:
         """Return a matrix, or a stack of them, with its last two axes exchanged."""
@@ -74,8 +80,8 @@ def _mean_label_cross_entropy_with_grad(w: _Writer) -> None:
     w.add("label_cross_entropy_with_grad", (logits, labels), losses, unscaled, **w.step.params)
     w.add("sum", (losses,), total, axis=(0,), keepdims=False, dtype=None)
     w.add("divide", (total, n), mean)
-    share = np.broadcast_to(mean.dtype.type(1) / n, (n, 1))
-    w.add("scale", (Value("constant", (n, 1), mean.dtype, wrap(share)), unscaled), gradient)
+    share = w.filled(mean.dtype.type(1) / n, n, 1)
+    w.add("scale", (share, unscaled), gradient)
 
 
 _SHORTHANDS: dict[str, Callable[[_Writer], None]] = {

@@ -8,7 +8,6 @@ that only a device can answer are then skipped.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
@@ -82,36 +81,16 @@ def cupy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     fake = FakeCupy()
     fake.ElementwiseKernel = _elementwise_kernel  # type: ignore[attr-defined]
-    own = dict(vars(fake.cuda))
     with (
         pytest.MonkeyPatch.context() as patch,
         kernels_on_cpu(),
-        cublaslt_on_cpu(fake, cache) as products,
+        cublaslt_on_cpu(fake, cache),
     ):
-        _launch_products(fake, own, products)
         patch.setattr(_build, "raw_module", _launched(_build.raw_module))
         for kernel in _build.ELEMENTWISE:
             patch.setattr(kernel, "_kernel", None)
         with tg.backend("cupy"):
             yield fake
-
-
-def _launch_products(fake: Any, own: dict[str, Any], products: Any) -> None:
-    """Let the products of the emulated cuBLASLt be launches of the stand-in, in its memory."""
-    using_allocator = own["using_allocator"]
-
-    @contextlib.contextmanager
-    def allocator(malloc: Any) -> Iterator[None]:
-        with products.allocator("of a pool"), using_allocator(malloc):
-            yield
-
-    def enqueue(run: Callable[[], None], memory: list[tuple[int, int]]) -> None:
-        arrays = [fake.device.memory_at(*place) for place in memory]
-        fake.device.kernel("cublasLtMatmul", lambda _: run(), arrays)
-
-    vars(fake.cuda).update(own, using_allocator=allocator)
-    fake.cuda.runtime.streamIsCapturing = lambda _: fake.device.stream.capture is not None
-    products.enqueue = enqueue
 
 
 @functools.cache

@@ -7,6 +7,7 @@ signatures, and refuses what the real library would refuse.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import sys
 import time
@@ -22,10 +23,23 @@ import pytest
 
 from tapegrad import _backend
 from tapegrad.kernels import cublaslt, gemm
+from tests.fake_cupy import FakeArray, device
 
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
 SUCCESS, FAILED, UNSUPPORTED = 0, 13, 15
-STREAM = 0x57
+
+
+def fake(array: np.ndarray[Any, Any]) -> Any:
+    """Copy an array to the stand-in for CuPy with its layout: strides, gaps, misalignment."""
+    array = np.asarray(array)
+    low, high = _backend.byte_bounds(array)
+    lead = low % 16
+    memory = device.empty(lead + high - low, np.uint8)
+    plain = np.ndarray.view(memory, np.ndarray)
+    plain[lead:] = np.frombuffer((ctypes.c_char * (high - low)).from_address(low), np.uint8)
+    first = array.__array_interface__["data"][0] - low
+    view = np.ndarray(array.shape, array.dtype, plain, lead + first, array.strides)
+    return view.view(FakeArray)
 
 
 class Matrix(NamedTuple):
@@ -39,18 +53,22 @@ class Matrix(NamedTuple):
     batch: int = 1
     stride: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes from the first element to the last."""
-        last = (self.columns - 1) * self.leading + self.rows + (self.batch - 1) * self.stride
-        return last * np.dtype(self.dtype).itemsize
+    def _strides(self) -> tuple[int, ...]:
+        size = np.dtype(self.dtype).itemsize
+        return self.stride * size, size, self.leading * size
+
+    def on_device(self) -> FakeArray:
+        """Return its elements as an array of the stand-in; they must lie within its memory."""
+        shape = self.batch, self.rows, self.columns
+        return device.array_at(self.address, shape, self.dtype, self._strides())
 
     def view(self) -> np.ndarray[Any, Any]:
         """Return its elements, (batch, rows, columns), where they lie."""
         size = np.dtype(self.dtype).itemsize
-        memory = (ctypes.c_char * self.nbytes).from_address(self.address)
-        strides = (self.stride * size, size, self.leading * size)
-        return np.ndarray((self.batch, self.rows, self.columns), self.dtype, memory, 0, strides)
+        last = (self.columns - 1) * self.leading + self.rows + (self.batch - 1) * self.stride
+        memory = (ctypes.c_char * (last * size)).from_address(self.address)
+        shape = self.batch, self.rows, self.columns
+        return np.ndarray(shape, self.dtype, memory, 0, self._strides())
 
 
 def rounded_to_tf32(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -107,9 +125,6 @@ class FakeCublasLt:
         self.pause = 0.0
         self.no_handle = self.capturing = False
         self.timer: FakeTimer
-        self.in_use: Any = None  # the allocator, where it is not the usual one
-        # Runs a product that touches memory at these (address, bytes).
-        self.enqueue: Callable[[Callable[[], None], Any], None] = lambda run, memory: run()
         self.objects: dict[int, Any] = {}
         self._numbers = itertools.count(0x1000, 16)
         # Kept here, for ctypes does not keep callbacks alive.
@@ -123,15 +138,6 @@ class FakeCublasLt:
             else:
                 method = getattr(self, f"_{kind}")
             setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(method))
-
-    @contextmanager
-    def allocator(self, malloc: Any) -> Iterator[None]:
-        """Stand in for cupy.cuda.using_allocator: note which one is in use."""
-        before, self.in_use = self.in_use, malloc
-        try:
-            yield
-        finally:
-            self.in_use = before
 
     def _enter(self, where: Any, made: Any) -> int:
         number = next(self._numbers)
@@ -223,27 +229,26 @@ class FakeCublasLt:
         self.launches.append(
             types.SimpleNamespace(
                 epilogue=epilogue, algorithm=index, compute=compute, scale=scale, stream=stream,
-                scratch=self.in_use is not None,
+                scratch=bool(device.allocators),
                 a=matrices[0], b=matrices[1], d=matrices[2], workspace=size,
                 transposed=(attributes[3], attributes[4]),
             )
         )  # fmt: skip
         bias = attributes[8] if epilogue & 4 else None
-        transposed = bool(attributes[3]), bool(attributes[4])
-
-        def run() -> None:
-            with np.errstate(all="ignore"):
-                multiply(
-                    *(matrices[0], transposed[0], matrices[1], transposed[1], matrices[2]),
-                    tf32=compute == 77,
-                    bias=bias,
-                    relu=(lambda y: relu(y, 0)) if epilogue & 2 else None,
-                )
-
-        memory = [(m.address, m.nbytes) for m in matrices]
-        if bias is not None:
-            memory.append((bias, matrices[2].rows * np.dtype(matrices[2].dtype).itemsize))
-        self.enqueue(run, memory)
+        with np.errstate(all="ignore"):
+            launch = functools.partial(
+                multiply,
+                *(matrices[0], bool(attributes[3]), matrices[1], bool(attributes[4]), matrices[2]),
+                tf32=compute == 77,
+                bias=bias,
+                relu=(lambda y: relu(y, 0)) if epilogue & 2 else None,
+            )
+            touched = [m.on_device() for m in matrices]
+            if bias is not None:
+                touched.append(Matrix(bias, matrices[2].dtype, matrices[2].rows, 1, 1).on_device())
+            if size:
+                touched.append(Matrix(workspace, np.uint8, size, 1, size).on_device())
+            device.kernel("cublasLtMatmul", lambda views: launch(), touched)
         return SUCCESS
 
 
@@ -253,11 +258,12 @@ class FakeTimer:
     def __init__(self, fake: FakeCublasLt, seconds: Callable[[int, int], float]) -> None:
         self.fake, self.seconds = fake, seconds
         self.timed: list[tuple[int, int]] = []
+        self.results: list[Any] = []
 
     def __call__(self, run: Callable[[], object]) -> float:
-        assert self.fake.in_use == "of a pool", "what is only tried out stays in the user's memory"
+        assert device.allocators, "what is only tried out stays in the user's memory"
         before = len(self.fake.launches)
-        run()
+        self.results.append(run())
         launched = self.fake.launches[before:]
         key = (launched[-1].epilogue, launched[-1].algorithm) if launched else (0, 0)
         self.timed.append(key)
@@ -285,10 +291,8 @@ def cublaslt_on_cpu(
     runtime.getDevice = lambda: 0
     runtime.getDeviceProperties = lambda number: {"name": b"NVIDIA Fake", "major": major}
     runtime.driverGetVersion = lambda: 13000
-    runtime.streamIsCapturing = lambda stream: fake.capturing
-    xp.cuda.MemoryPool = lambda: types.SimpleNamespace(malloc="of a pool")
-    xp.cuda.using_allocator = fake.allocator
-    xp.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=STREAM)
+    captures = runtime.streamIsCapturing
+    runtime.streamIsCapturing = lambda stream: fake.capturing or captures(stream)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", xp)
         patch.setenv("TAPEGRAD_CACHE", str(folder))

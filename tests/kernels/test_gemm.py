@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cpu_kernels import kernels_on_cpu
-from cublaslt_emulation import STREAM, FakeCublasLt, cublaslt_on_cpu
+from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake
 
 import tapegrad as tg
 from tapegrad.kernels import cublaslt, gemm, linear_relu
-from tests.fake_cupy import FakeCupy, fake
+from tests.fake_cupy import FakeCupy, device
 
 BFLOAT16 = ml_dtypes.bfloat16
 PLAIN, BIAS, RELU_BIAS, CUPY = 1, 4, 6, 0  # epilogues as the fake reports them
@@ -46,8 +46,13 @@ def test_values_and_types(xp, lt, dtype):
     ]:
         y = launcher(xp, *map(fake, arrays))
         np.testing.assert_array_equal(y.get(), want.astype(dtype), strict=True)
+        for tried in lt.timer.results:  # every candidate, CuPy's own too
+            np.testing.assert_array_equal(tried.get(), want.astype(dtype), strict=True)
+        lt.timer.results.clear()
         compute, scale = (70, 1) if dtype == "f8" else (68, 0)  # float16 in float32
-        assert {(c.compute, c.scale, c.stream) for c in lt.launches} == {(compute, scale, STREAM)}
+        assert {(c.compute, c.scale, c.stream) for c in lt.launches} == {
+            (compute, scale, device.stream.ptr or None)
+        }
         lt.launches.clear()
 
 
@@ -258,7 +263,11 @@ def test_relu_keeps_nan_on_every_way(xp, tmp_path, keeps_nan):
         for _ in range(2):
             y = linear_relu.linear_relu(xp, *map(fake, (x, w, b))).get()
             np.testing.assert_array_equal(y[:, 0], [np.nan, 1, 0])
-    assert made.launches[-1].epilogue == (RELU_BIAS if keeps_nan else PLAIN)
+        assert made.launches[-1].epilogue == (RELU_BIAS if keeps_nan else PLAIN)
+        made.failing = {(RELU_BIAS, 0)}  # it cannot even be asked
+        y = linear_relu.linear_relu(xp, *map(fake, (x[:2], w, b))).get()
+        np.testing.assert_array_equal(y[:, 0], [np.nan, 1])
+        assert made.launches[-1].epilogue == (RELU_BIAS if keeps_nan else PLAIN)
 
 
 def test_what_the_library_refuses_is_no_candidate(xp, tmp_path):

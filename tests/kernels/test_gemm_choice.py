@@ -9,12 +9,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu
+from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake
 
+import tapegrad as tg
 from tapegrad.kernels import gemm, gemm_choice
 from tapegrad.kernels.cublaslt import CublasLtError
 from tapegrad.kernels.gemm_choice import Candidate, DeviceTimer, Timed, Times
-from tests.fake_cupy import FakeCupy, fake
+from tests.fake_cupy import FakeCupy
 from tests.kernels.test_gemm import CUPY, LAYER, PLAIN, chosen, timed
 
 DEVICE = {"gpu": "NVIDIA H200", "driver": "13000", "cublaslt": "131000"}
@@ -279,7 +280,7 @@ def test_the_way_of_cupy_is_kept_too(tmp_path):
     assert made.timer.timed == []
 
 
-def test_problems_have_names_of_their_own(tmp_path):
+def test_problems_have_names_of_their_own(tmp_path, monkeypatch):
     """Whatever changes what cuBLASLt is asked for changes the name."""
     xp = FakeCupy()
     x, w, b = LAYER
@@ -297,3 +298,6 @@ def test_problems_have_names_of_their_own(tmp_path):
             assert len(names - seen) == 1
             seen = names
         assert (CUPY, 0) in made.timer.timed
+        monkeypatch.setattr(tg.config, "tf32", True)
+        gemm.matmul(xp, fake(x), fake(w))
+        assert len(set(json.loads(path.read_text())["problems"]) - seen) == 1
