@@ -11,10 +11,19 @@ if __name__ == "kernels":
         "import tapegrad.kernels, not kernels: this folder is part of the package tapegrad"
     )
 
-from . import elementwise, linear_relu, optimizers, random, scatter_add, softmax_cross_entropy
+from . import (
+    chains,
+    elementwise,
+    linear_relu,
+    optimizers,
+    random,
+    scatter_add,
+    softmax_cross_entropy,
+)
 from ._build import kernel_names
 
 __all__ = [
+    "chains",
     "elementwise",
     "kernel_names",
     "linear_relu",

@@ -18,6 +18,7 @@ from tapegrad._function import (
     rewrites,
 )
 from tapegrad._function.blocks import in_blocks
+from tapegrad._function.chains import gather_chains
 from tapegrad._function.layout import Layout
 from tapegrad._function.lowering import Line, Lowering, Place
 from tapegrad._function.memory import allocate, place_in_arena
@@ -161,6 +162,8 @@ class Replay:
         self._lock = threading.RLock()
         without_repeated_steps(program)
         without_dead_steps(program)
+        if rewrites.ENABLED and not program.on_host:
+            gather_chains(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
         self._writes = self._first_write < len(program.steps)
