@@ -344,23 +344,24 @@ def _from_labels(
 ) -> tuple[Tensor, Tensor | None]:
     """Return each row's loss, and what each row counts in a mean (None: one)."""
     counted = None if ignore is None else ew.astype(ew.not_equal(labels, ignore), rows.dtype)
+    options = {"label_smoothing": float(smoothing), "ignore_label": ignore}
     if weights is None:
-        options = {"label_smoothing": float(smoothing), "ignore_label": ignore}
         if is_recording(rows):
             losses, _ = fused.label_cross_entropy_with_grad(rows, labels, **options)
         else:
             losses = fused.label_cross_entropy(rows, labels, **options)
         return losses, counted
-    safe = labels if ignore is None else ew.where(ew.equal(labels, ignore), 0, labels)
-    weight = indexing.take(weights, safe)
-    if counted is not None:
-        weight = ew.multiply(weight, counted)
-    if smoothing:  # every class has a term, each with its own weight
-        target = indexing.one_hot(safe, rows.shape[1], dtype=rows.dtype)
-        losses = _from_targets(rows, target, smoothing, weights)
-        return (losses if counted is None else ew.multiply(losses, counted)), weight
-    losses, _ = _from_labels(rows, labels, 0.0, ignore, None)
-    return ew.multiply(losses, weight), weight
+    if is_recording(rows, weights):
+        losses, _ = fused.weighted_label_cross_entropy_with_grad(rows, labels, weights, **options)
+    else:
+        losses = fused.weighted_label_cross_entropy(rows, labels, weights, **options)
+    # What each row counts is its label's weight: of a label that is no class any will do, for its
+    # loss says that it is none.
+    none = ew.logical_or(ew.less(labels, 0), ew.greater_equal(labels, rows.shape[1]))
+    if ignore is not None:
+        none = ew.logical_or(none, ew.equal(labels, ignore))
+    weight = indexing.take(weights, ew.where(none, 0, labels))
+    return losses, weight if counted is None else ew.multiply(weight, counted)
 
 
 def _from_targets(

@@ -35,6 +35,14 @@ def plain_label_loss(x, labels, smoothing=0.0):
     return -tg.sum(target * p, axis=1)
 
 
+def plain_weighted_loss(x, weights, labels, smoothing=0.0, ignore=None):
+    target = (
+        tg.one_hot(labels, x.shape[1], dtype=x.dtype) * (1 - smoothing) + smoothing / x.shape[1]
+    )
+    used = (labels != ignore).astype(x.dtype)
+    return -tg.sum(target * weights * tg.nn.log_softmax(x), axis=1) * used
+
+
 def plain_probability_loss(x, q):
     return -tg.sum(tg.nn.log_softmax(x) * q, axis=1)
 
@@ -123,6 +131,40 @@ def test_label_cross_entropy(n, classes, smoothing):
         lambda x: plain_label_loss(x, labels, smoothing),
         normal(n, classes),
     )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("n", "classes"), [(1, 2), (5, 10), (33, 257)])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_weighted_label_cross_entropy(n, classes, smoothing, kernels, monkeypatch):
+    labels = np.random.default_rng(3).integers(0, classes, n)
+    options = {"label_smoothing": smoothing, "ignore_label": 1, "reduction": "none"}
+    arrays = normal(n, classes), np.linspace(0.0, 2.0, classes)
+    fused = lambda x, w: tg.nn.softmax_cross_entropy(x, labels, class_weights=w, **options)
+    plain = lambda x, w: plain_weighted_loss(x, w, labels, smoothing, 1)
+    if not kernels:
+        assert_same(fused, plain, *arrays)
+        return
+    want = derivatives(plain, *arrays)
+    with kernels_run(monkeypatch) as ran:
+        got = derivatives(fused, *arrays)
+    assert "weighted_label_cross_entropy_with_grad" in ran
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, 1e-11, 1e-11)
+
+
+def test_masked_logits_and_class_weights():
+    """A weight of 0 counts 0 where the loss is infinite; so does a class that is not the label."""
+    x, w = tg.Variable([[-np.inf, 0.0], [3.0, -np.inf]]), tg.Variable([1.0, 0.0])
+    with tg.GradientTape() as tape:
+        losses = tg.nn.softmax_cross_entropy(x, [1, 0], class_weights=w, reduction="none")
+        again = tg.nn.softmax_cross_entropy(x, [1, 1], class_weights=w, reduction="none")
+        total = tg.sum(losses)
+    np.testing.assert_array_equal(losses.numpy(), [0.0, 0.0])
+    np.testing.assert_array_equal(again.numpy(), [0.0, 0.0])
+    of_x, of_w = tape.gradient(total, [x, w])
+    np.testing.assert_array_equal(of_x.numpy(), np.zeros((2, 2)))
+    np.testing.assert_array_equal(of_w.numpy(), np.zeros(2))
 
 
 @pytest.mark.parametrize(("n", "classes"), [(1, 2), (5, 10), (33, 257)])

@@ -16,6 +16,7 @@ from tests.test_fused import (
     plain_label_loss,
     plain_linear_relu,
     plain_probability_loss,
+    plain_weighted_loss,
 )
 
 from .conftest import on_device
@@ -77,6 +78,12 @@ FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], 
         masked,
         (normal(33, 10),),
         {"label_cross_entropy_with_grad"},
+    ),
+    "labels weighted": (
+        lambda x, w: label_loss(x, class_weights=w, label_smoothing=0.1),
+        lambda x, w: plain_weighted_loss(x, w, LABELS, 0.1),
+        (normal(33, 10), np.linspace(0.0, 2.0, 10)),
+        {"weighted_label_cross_entropy_with_grad"},
     ),
     "probabilities": (
         lambda x, q: tg.nn.softmax_cross_entropy(x, q, reduction="none"),

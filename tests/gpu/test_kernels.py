@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -81,7 +82,7 @@ def test_linear_relu(cupy: ModuleType, shape: tuple[int, int], dtype: Any) -> No
         np.testing.assert_array_equal(array, want.astype(dtype), strict=True)
 
 
-@pytest.mark.parametrize("classes", [1, 10, 33, 257, 1000, 1025, 1032, 8200, 50257])
+@pytest.mark.parametrize("classes", [1, 10, 33, 96, 257, 1000, 1025, 1032, 8200, 50257])
 @DTYPES
 def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
     rows = 37
@@ -89,16 +90,17 @@ def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
     labels = np.random.default_rng(2).integers(0, classes, rows)
     labels[1], labels[2] = -100, classes  # ignored; no class
     q = loss_meanings.probabilities_of(rows, classes, dtype)
-    for smoothing in (0.0, 0.1):
+    weights = np.linspace(0, 1.5, classes).astype(dtype)
+    for smoothing, kind, weighted in itertools.product((0.0, 0.1), ("i4", "i8"), (False, True)):
         options = {"label_smoothing": smoothing, "ignore_label": -100}
-        want = loss_meanings.label_meaning(x, labels, smoothing, -100)
-        for kind in ("i4", "i8"):
-            arrays = on_device(x), on_device(labels.astype(kind))
-            module = softmax_cross_entropy
-            got = host(module.softmax_cross_entropy_with_grad(cupy, *arrays, **options))
-            loss_meanings.check(got, want, dtype)
-            loss = host(module.softmax_cross_entropy(cupy, *arrays, **options))
-            np.testing.assert_array_equal(loss[0].astype("f8"), got[0].astype("f8"))
+        given = [weights] if weighted else []
+        want = loss_meanings.label_meaning(x, labels, smoothing, -100, *given)
+        arrays = [on_device(a) for a in (x, labels.astype(kind), *given)]
+        module = softmax_cross_entropy
+        got = host(module.softmax_cross_entropy_with_grad(cupy, *arrays, **options))
+        loss_meanings.check(got, want, dtype)
+        loss = host(module.softmax_cross_entropy(cupy, *arrays, **options))
+        np.testing.assert_array_equal(loss[0].astype("f8"), got[0].astype("f8"))
     arrays = on_device(x), on_device(q)
     got = host(softmax_cross_entropy.probability_cross_entropy_with_grad(cupy, *arrays))
     loss_meanings.check(got, loss_meanings.probability_meaning(x, q), dtype)

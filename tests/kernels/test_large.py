@@ -88,7 +88,7 @@ def test_scatter_add():
 
 @pytest.mark.parametrize(
     ("form", "columns", "threads", "lanes"),
-    [("short<float, 8>", 250, 128, [np.int32(32)]), ("long<float, 1>", 50001, 256, [])],
+    [("short<float, 8, 1>", 250, 128, [np.int32(32)]), ("long<float, 1>", 50001, 256, [])],
 )
 def test_cross_entropy(form, columns, threads, lanes):
     rows = PAST // columns + 2
@@ -99,7 +99,7 @@ def test_cross_entropy(form, columns, threads, lanes):
         x[-1, -1], q[-1, -1], labels[-1] = 3, 1, columns - 1
         sizes = (np.int64(rows), np.int32(columns), *lanes)
         log_sum = np.log(np.exp(3.0) + columns - 1)
-        smoothing = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1))
+        smoothing = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1), None)
         for target, extra in ((labels, smoothing), (q, ())):
             kind = "probability" if target is q else "label"
             name = f"tapegrad_{kind}_cross_entropy_{form}"
