@@ -18,7 +18,9 @@
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp;  // of a block
+constexpr int kMaxWarps = 32;  // of a block
+// 64 registers a thread; double needs more, and would spill.
+template <typename T> constexpr int kMaxThreads = sizeof(T) == 8 ? 512 : 1024;
 
 // The start of a maximum. Not -inf: exp(-inf - -inf) is NaN.
 template <typename A> __device__ A lowest() { return A(-3.402823466e38f); }
@@ -262,7 +264,7 @@ __global__ void tapegrad_label_cross_entropy_short(
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kMaxThreads, 1) tapegrad_label_cross_entropy_long(
+__global__ void __launch_bounds__(kMaxThreads<T>, 1) tapegrad_label_cross_entropy_long(
     const T *x, const void *labels, T *loss, T *dx, index_t rows, int columns, int label_bytes,
     int ignores, index_t ignored, accumulator_t<T> even, accumulator_t<T> at_label,
     const T *class_weights) {
@@ -279,7 +281,7 @@ __global__ void tapegrad_probability_cross_entropy_short(const T *x, const T *pr
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads<T>, 1)
     tapegrad_probability_cross_entropy_long(const T *x, const T *probabilities, T *loss, T *dx,
                                             index_t rows, int columns) {
   row_a_block<T, N>(x, Probabilities<T>{probabilities}, loss, dx, rows, columns);

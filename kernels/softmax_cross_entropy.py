@@ -45,9 +45,10 @@ _SOURCE = Source(
 )
 
 _SHORT_THREADS = 128
-# A row of more bytes gets 1024 threads instead of 256: with fewer rows in flight (264 on an H200)
-# the second read of each still finds it in L2.
+# A row of more bytes gets as many threads as fit, instead of 256: with fewer rows in flight (264 on
+# an H200) the second read of each still finds it in L2.
 _WIDE_BYTES = 32 << 10
+_LONG_THREADS, _MOST_THREADS = 256, {"double": 512}
 
 
 def softmax_cross_entropy(
@@ -171,7 +172,8 @@ def _launch(
             (*arguments, np.int32(lanes), *extra),
         )
     else:
-        threads = 1024 if columns * logits.itemsize > _WIDE_BYTES else 256
+        wide = columns * logits.itemsize > _WIDE_BYTES
+        threads = _MOST_THREADS.get(t, 1024) if wide else _LONG_THREADS
         _SOURCE.kernel(f"{name}_long<{t}, {width}>")(
             (min(rows, MAX_BLOCKS),), (threads,), (*arguments, *extra)
         )

@@ -208,8 +208,7 @@ def dropout(x: ArrayLike, /, rate: float, *, generator: Generator | None = None)
     if rate == 0.0:
         return ew.positive(x)
     stream = default_generator() if generator is None else generator
-    kept = ew.astype(stream.mask(x.shape, 1.0 - rate), x.dtype)
-    return ew.multiply(x, ew.divide(kept, 1.0 - rate))
+    return stream.dropout(x, float(rate))
 
 
 # ---- linear maps

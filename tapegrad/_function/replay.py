@@ -19,6 +19,7 @@ from tapegrad._function import (
 )
 from tapegrad._function.blocks import in_blocks
 from tapegrad._function.chains import gather_chains
+from tapegrad._function.expansions import expand
 from tapegrad._function.layout import Layout
 from tapegrad._function.lowering import Line, Lowering, Place
 from tapegrad._function.memory import allocate, place_in_arena
@@ -160,6 +161,8 @@ class Replay:
         self._program = program
         self._name = name
         self._lock = threading.RLock()
+        if program.on_host:
+            expand(program)
         without_repeated_steps(program)
         without_dead_steps(program)
         if rewrites.ENABLED and not program.on_host:

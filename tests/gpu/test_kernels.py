@@ -26,6 +26,7 @@ from tapegrad.kernels import (
     scatter_add,
     softmax_cross_entropy,
 )
+from tests.kernels import test_dropout as dropout_meaning
 from tests.kernels import test_linear_relu as linear_meanings
 from tests.kernels import test_optimizers as optimizer_meanings
 from tests.kernels import test_softmax_cross_entropy as loss_meanings
@@ -141,6 +142,16 @@ def test_philox(cupy: ModuleType, count: int) -> None:
     (bits,) = host(random.philox_bits(cupy, on_device(counter), on_device(key), count=count))
     want = np.random.Philox(key=2**127 + 12345, counter=2**63 - 2).random_raw(count)
     np.testing.assert_array_equal(bits, want, strict=True)
+
+
+@pytest.mark.parametrize("size", [7, 8, 2049, 100_003])
+@DTYPES
+def test_dropout(cupy: ModuleType, size: int, dtype: Any) -> None:
+    state = on_device(np.array(dropout_meaning.COUNTER)), on_device(dropout_meaning.WORDS)
+    x = dropout_meaning.values(size, dtype)
+    for place in (lambda a: a, misaligned):
+        got = host(random.dropout(cupy, on_device(place(x)), *state, rate=0.3))
+        dropout_meaning.check(got, dropout_meaning.meaning(x, 0.3))
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])
