@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "debug": (False, True),
     "scalar_targets": ("sum", "warn", "raise"),
 }
 
@@ -12,12 +13,15 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class Config:
     """Settings, assigned as attributes: `tg.config.scalar_targets = "raise"`.
 
+    debug           whether operations on a GPU wait for it to check what only it sees, and raise:
+                    labels that are no class, whose loss is NaN otherwise.
     scalar_targets  what a gradient of a target that is no scalar does: `"sum"` (as TensorFlow:
                     the gradient of the sum of its elements), `"warn"` or `"raise"`.
 
     Raises `AttributeError` for an unknown setting, `ValueError` for an unknown value.
     """
 
+    debug: bool = False
     scalar_targets: str = "sum"
 
     def __setattr__(self, name: str, value: Any) -> None:

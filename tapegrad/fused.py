@@ -7,11 +7,13 @@ same on both backends.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tapegrad._backend import Array, Module
+from tapegrad.config import config
 from tapegrad.kernels import elementwise as elementwise_kernels
 from tapegrad.kernels import linear_relu as linear_kernels
 from tapegrad.kernels import softmax_cross_entropy as loss_kernels
@@ -213,13 +215,25 @@ def _checked_labels(
     """Return which rows are not ignored, and which labels are classes.
 
     On a GPU a wrong label is seen only by the kernel: its row has the loss NaN and no gradient.
+    Asking would wait for the device, which is what `tg.config.debug` is for.
     """
     used = xp.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
     known = (labels >= 0) & (labels < classes)
-    if xp is np and not (known | ~used).all():
+    if (xp is np or config.debug) and not (known | ~used).all():
         wrong = labels[used & ~known][0]
         raise ValueError(f"labels must be from 0 to {classes - 1}, got {wrong}")
     return used, known
+
+
+def _label_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel that looks at its labels first in debug mode."""
+
+    def launch(xp: Module, logits: Array, labels: Array, *weights: Array, **options: Any) -> Any:
+        if config.debug:
+            _checked_labels(xp, labels, logits.shape[-1], options["ignore_label"])
+        return kernel(xp, logits, labels, *weights, **options)
+
+    return launch
 
 
 def _label_loss(
@@ -302,7 +316,7 @@ label_cross_entropy: Primitive = primitive(
     )[0],
     None,
     None,
-    kernel=loss_kernels.softmax_cross_entropy,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy),
 )
 # The loss and, of the same exponentials, its gradient for the logits: an output of its own, with
 # its own rule, so that the reverse pass has only to scale it.
@@ -312,7 +326,7 @@ label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
         xp, logits, labels, **options, with_grad=True
     ),
     joint_vjp=_label_vjp,
-    kernel=loss_kernels.softmax_cross_entropy_with_grad,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy_with_grad),
 )
 
 
@@ -438,7 +452,7 @@ weighted_label_cross_entropy: Primitive = primitive(
     None,
     None,
     None,
-    kernel=loss_kernels.softmax_cross_entropy,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy),
 )
 weighted_label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
     "weighted_label_cross_entropy_with_grad",
@@ -446,5 +460,5 @@ weighted_label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
         xp, logits, labels, weights, **options, with_grad=True
     ),
     joint_vjp=_weighted_label_vjp,
-    kernel=loss_kernels.softmax_cross_entropy_with_grad,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy_with_grad),
 )

@@ -293,7 +293,7 @@ def softmax_cross_entropy(
 
     The loss is sum_c w_c t_c (logsumexp(x) - x_c), where a term of target 0 counts 0 even if its
     logit is -inf. Raises `ValueError` for shapes that do not fit and labels out of range, which on
-    a GPU instead give a NaN loss.
+    a GPU instead give a NaN loss, unless `tg.config.debug` is True.
 
     >>> print(tg.nn.softmax_cross_entropy([[0.0, 0.0]], [1]))
     tg.Tensor(0.6931472, shape=(), dtype=float32)

@@ -1638,9 +1638,6 @@ row(
 )
 row(tg.random.permutation, lambda: np.argsort(bits(5, 9), kind="stable"), ((),),
     call=lambda: tg.random.permutation(9, seed=5), lacks=KINDS)  # fmt: skip
-row(tg.random.Generator.mask,
-    lambda: (halves(5, 15) < round(0.3 * 2**32)).reshape(3, 5), ((),),
-    call=lambda: tg.random.Generator(5).mask((3, 5), 0.3), lacks=KINDS)  # fmt: skip
 row(
     tg.random.shuffle,
     lambda x: x[np.argsort(bits(5, len(x)), kind="stable")],

@@ -153,6 +153,30 @@ def test_weighted_label_cross_entropy(n, classes, smoothing, kernels, monkeypatc
         np.testing.assert_allclose(a, b, 1e-11, 1e-11)
 
 
+@pytest.mark.parametrize("weights", [None, np.ones(4, "f4")])
+@pytest.mark.parametrize("debug", [False, True])
+def test_labels_that_are_no_class(weights, debug, monkeypatch):
+    """A kernel gives such a row the loss NaN and no gradient; in debug mode that is an error."""
+    monkeypatch.setattr(type(tg.config), "debug", debug)
+    x, labels = tg.Variable(normal(3, 4, dtype="float32")), tg.constant([1, 4, -7])
+
+    def run():
+        with tg.GradientTape() as tape:
+            options = {"class_weights": weights, "ignore_label": -7, "reduction": "none"}
+            losses = tg.nn.softmax_cross_entropy(x, labels, **options)
+        return losses.numpy(), tape.gradient(losses, x).numpy()
+
+    with kernels_run(monkeypatch) as ran:
+        if debug:
+            with pytest.raises(ValueError, match="labels must be from 0 to 3, got 4"):
+                run()
+            return
+        losses, gradient = run()
+    assert ran
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+    np.testing.assert_array_equal((gradient != 0).any(axis=1), [True, False, False])
+
+
 def test_masked_logits_and_class_weights():
     """A weight of 0 counts 0 where the loss is infinite; so does a class that is not the label."""
     x, w = tg.Variable([[-np.inf, 0.0], [3.0, -np.inf]]), tg.Variable([1.0, 0.0])
