@@ -1,4 +1,4 @@
-// Dropout: y = x * factors, where a factor is 0 or the number given, by random bits made on the way.
+// Dropout: y = x * factors, where a factor is 0 or the number given, by random bits made here.
 //
 // T is float, double, __half or __nv_bfloat16; N = 16 / sizeof(T), or 1 where an address is no
 // multiple of 16 bytes. Element e is kept where 32-bit word e of Philox's stream (see philox.cu) is

@@ -104,7 +104,7 @@ template <typename A> __device__ A lanes_sum(A v, int lanes) {
 }
 
 // ------------------------------------------------------------------ short rows
-// `lanes` (a power of two up to 32) neighbouring lanes hold a row, VALUES values each in packs of N.
+// `lanes` (a power of two up to 32) neighbouring lanes hold a row, VALUES each in packs of N.
 template <typename T, int VALUES, int N, typename Target>
 __device__ void row_in_registers(const T *__restrict__ x, const Target target, T *__restrict__ loss,
                                  T *__restrict__ dx, index_t rows, int columns, int lanes) {

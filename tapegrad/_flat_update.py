@@ -17,9 +17,11 @@ class FlatUpdate(Update):
 
     rule     what is done with a block.
     numbers  what the rule needs, of the hyper-parameters as Python numbers.
+
+    One setting more than `numbers` takes is a factor for the gradient.
     """
 
-    __slots__ = ("numbers", "rule")
+    __slots__ = ("numbers", "rule", "settings")
 
     def __init__(
         self,
@@ -33,12 +35,16 @@ class FlatUpdate(Update):
         super().__init__(name, self._forward, writes=writes, kernel=kernel)
         self.rule = rule
         self.numbers = numbers
+        self.settings = numbers.__code__.co_argcount
 
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
         arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
         g = arrays[-1]
+        settings, factors = settings[: self.settings], settings[self.settings :]
         numbers = [g.dtype.type(k) for k in self.numbers(*[x.item() for x in settings])]
-        self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, **params)
+        scratch = spares(xp, g.size, g.dtype)
+        factor = factors[0].astype(g.dtype) if factors else None
+        self.update_blocks(xp, arrays, scratch, numbers, factor, **params)
 
     def update_blocks(
         self,
@@ -46,13 +52,17 @@ class FlatUpdate(Update):
         arrays: Sequence[Array],
         scratch: Sequence[Array],
         numbers: Sequence[Any],
+        factor: Any = None,
         **params: Any,
     ) -> None:
         """Go through the arrays block by block; `scratch` is for each lane."""
 
         def block(s: slice, lane: int) -> None:
             spare = scratch[lane][: s.stop - s.start]
-            self.rule(xp, *[a[s] for a in arrays], spare, *numbers, **params)
+            parts = [a[s] for a in arrays]
+            if factor is not None:
+                parts[-1] = parts[-1] * factor
+            self.rule(xp, *parts, spare, *numbers, **params)
 
         if xp is np:
             for_blocks(arrays[0].size, block)

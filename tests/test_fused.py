@@ -308,6 +308,40 @@ def test_training_with_kernels_equals_training_without(name, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Adagrad", "RMSprop", "Adam"])
+def test_clipped_updates_with_kernels(name, monkeypatch):
+    from tapegrad import optimizers
+
+    options = {"global_clipnorm": 0.5, "loss_scale_factor": 4.0}
+    gradients = [normal(6, 5, dtype="float32"), normal(5, dtype="float64"), normal(7, seed=1)]
+
+    def train():
+        variables = [tg.Variable(np.ones_like(g)) for g in gradients]
+        kind = getattr(optimizers, "SGD" if name == "Momentum" else name)
+        more = {"momentum": 0.9} if name == "Momentum" else {}
+        optimizer = kind(0.1, **more, **options)
+        for _ in range(3):
+            optimizer.apply([tg.constant(g) for g in gradients], variables)
+        return [v.numpy() for v in variables]
+
+    want = train()
+    ran = []
+    rule = getattr(optimizers, f"{name.lower()}_update")
+    with kernels_run(monkeypatch):
+        for update in (rule, optimizers.gradient_factor):
+
+            def noted(*arrays, kernel=update.kernel, label=update.name, **params):
+                ran.append((label, kernel(*arrays, **params)))
+                return ran[-1][1]
+
+            monkeypatch.setattr(update, "kernel", noted)
+        got = train()
+    assert ran.count(("gradient_factor", True)) == 3
+    assert ran.count((rule.name, True)) == 3 * 2  # for each type
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_gather_with_the_kernel(monkeypatch):
     x, rows = normal(4, 3), [0, 0, 2, -1]
     want = derivatives(lambda x: x[rows] ** 3, x)

@@ -123,6 +123,22 @@ def test_optimizers(cupy: ModuleType, name: str, dtype: str, aligned: bool, size
     optimizer_meanings.check(name, host(tuple(copies)), buffers, g)
 
 
+@pytest.mark.parametrize("sizes", [[1], [3, 257], [100_003, 5]])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_gradient_factor(cupy: ModuleType, dtype: str, sizes: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=n).astype(dtype) for n in sizes]
+    norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in gradients)) / 2.0
+    for place in (lambda g: g, misaligned):
+        factor, limit, scale = (on_device(np.array(x)) for x in (7.0, 0.5, 2.0))
+        arrays = [on_device(place(g)) for g in gradients]
+        assert optimizers.gradient_factor(cupy, factor, limit, scale, *arrays) is True
+        np.testing.assert_allclose(host(factor)[0], min(1, 0.5 / norm) / 2, rtol=1e-12)
+    p, g = on_device(np.zeros(9, dtype)), on_device(np.ones(9, dtype))
+    assert optimizers.sgd(cupy, p, g, on_device(np.array(1.0)), on_device(np.array(0.25))) is True
+    np.testing.assert_array_equal(host(p)[0], np.full(9, -0.25))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (33, 32, 1), (257, 8, 1000), (3000, 129, 9)], ids=str)
 @DTYPES
 def test_scatter_add(cupy: ModuleType, shape: tuple[int, int, int], dtype: Any) -> None:

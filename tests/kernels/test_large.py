@@ -119,7 +119,7 @@ def check_sgd(width):
     grid = (-(-count // width // 256),)
     run_end(
         *(optimizers, f"tapegrad_sgd<float, {width}>", grid, (256,)),
-        *(p, g, np.int64(count), np.array(2.0)),
+        *(p, g, None, np.int64(count), np.array(2.0)),
     )
     assert p[-4] == -2  # in the last block's last pack; the tail of 3 is the first block's
 
