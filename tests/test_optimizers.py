@@ -1025,7 +1025,7 @@ CLIPPED = {
     "adam": lambda **options: optimizers.Adam(0.1, **options),
     "adamw": lambda **options: optimizers.AdamW(0.1, **options),
 }
-CLIPPED_SHAPES = [((3, 4), "f4"), ((5,), "f8"), ((), "f4"), ((300_000,), "f4")]
+CLIPPED_SHAPES = [((3, 4), "f4"), ((5,), "f8"), ((), "f4"), ((70_000,), "f4")]
 
 
 def drawn_gradients(seed, scale=1.0):
