@@ -378,6 +378,13 @@ def test_a_declined_chain_runs_step_by_step():
     check(got, [np.exp(x.T.astype("f8")) * 2 + 1])
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f2", ml_dtypes.bfloat16], ids=str)
+def test_check_accepts_what_a_chain_rounds_less(dtype):
+    with device():
+        x = tg.constant(normal(40, 12, dtype=dtype))
+        tg.function(lambda x: tg.tanh(x * 0.7 + 1.0) * x + tg.square(x)).check(x)
+
+
 def kernels_of_activations(type_name, width, chosen):
     """Return the text of these activations' chains, and the names in it: compiled as one."""
     written = {}
