@@ -4,7 +4,7 @@
 // thread updates N neighbouring parameters at a time; the last count % N go one by one.
 //
 // Each gradient is multiplied by *factor first (null: by 1), which is what the loss was scaled by
-// and the limit of the gradients' norm make of it: see tapegrad_gradient_factor.
+// and the limit of the gradients' norm make of it: see gradient_norm.cu.
 //
 // The hyper-parameters and the step are read from device memory, so that a captured CUDA graph
 // follows a schedule without being changed. They are double, and what is made of them alone (1 -
@@ -12,7 +12,8 @@
 #include "common.cuh"
 
 constexpr int kThreads = 256;
-constexpr int kMinBlocks = 3;  // 80 registers a thread: without it rmsprop<double> spills on sm_89
+// 80 or 128 registers a thread: with fewer the rules in double spill, on sm_89 or sm_100.
+template <typename T> constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;
 
 // ------------------------------------------------------------------ the rules, for one parameter
 template <typename T> struct Sgd {
@@ -103,14 +104,14 @@ __device__ double power(double base, index_t t) {
 
 // ------------------------------------------------------------------ kernels
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_sgd(T *p, const T *g, const double *factor, index_t count,
                  const double *learning_rate) {
   update<N>(Sgd<T>{T(*learning_rate)}, p, (T *)nullptr, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_momentum(T *p, T *v, const T *g, const double *factor, index_t count,
                       const double *learning_rate, const double *momentum, int nesterov) {
   const Momentum<T> rule = {T(*learning_rate), T(*momentum), nesterov != 0};
@@ -118,14 +119,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_adagrad(T *p, T *a, const T *g, const double *factor, index_t count,
                      const double *learning_rate, const double *epsilon) {
   update<N>(Adagrad<T>{T(*learning_rate), T(*epsilon)}, p, a, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_rmsprop(T *p, T *v, const T *g, const double *factor, index_t count,
                      const double *learning_rate, const double *rho, const double *epsilon) {
   const RmsProp<T> rule = {T(*learning_rate), T(*rho), T(1.0 - *rho), T(*epsilon)};
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_adam(T *p, T *m, T *v, const T *g, const double *factor, index_t count,
                   const index_t *step, const double *learning_rate, const double *beta_1,
                   const double *beta_2, const double *epsilon, const double *weight_decay) {
@@ -148,49 +149,4 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                         T(1.0 - *beta_2),  T(*epsilon),      corrected[0],
                         corrected[1],      T(*learning_rate * *weight_decay)};
   update<N>(rule, p, m, v, g, factor, count);
-}
-
-// ------------------------------------------------------------------ the norm of all gradients
-// The sum of v over the block's threads, in a fixed order; only the first one's is right.
-__device__ double sum_of_block(double v) {
-  __shared__ double sums[kThreads];
-  sums[threadIdx.x] = v;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  return sums[threadIdx.x];
-}
-
-// partial[block] = the sum of the squares of the elements that a block sees. In double: the square
-// of a float overflows from 2e19.
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads)
-    tapegrad_sum_of_squares(const T *g, double *partial, index_t count) {
-  const index_t start = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const index_t step = index_t(gridDim.x) * blockDim.x;
-  double sum = 0;
-  for (index_t i = start; i < count / N; i += step) {
-    const Pack<T, N> pack = load<N>(g, i);
-#pragma unroll
-    for (int k = 0; k < N; ++k) sum += double(pack.at[k]) * double(pack.at[k]);
-  }
-  for (index_t i = count / N * N + start; i < count; i += step) sum += double(g[i]) * double(g[i]);
-  sum = sum_of_block(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-// factor = min(1, limit / norm) / scale, where norm is that of the gradients divided by scale: NaN
-// for an infinite one, of which limit / norm would make a small step. One block; limit and scale
-// may be null: none, and 1.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    tapegrad_gradient_factor(double *factor, const double *partial, int partials,
-                             const double *limit, const double *scale) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < partials; i += blockDim.x) sum += partial[i];
-  sum = sum_of_block(sum);
-  if (threadIdx.x != 0) return;
-  const double by = scale ? 1.0 / *scale : 1.0, norm = sqrt(sum) * by;
-  const double infinite = norm - norm;  // 0, or NaN
-  *factor = (!limit || norm <= *limit ? 1.0 : *limit / norm) * by + infinite;
 }

@@ -1,4 +1,4 @@
-"""Launchers of optimizers.cu: in-place updates of flat buffers, one launch each."""
+"""Launchers of optimizers.cu and gradient_norm.cu: updates of flat buffers, one launch each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ _SOURCE = Source(
         )
         for t in _TYPES
     ),
-    *(
-        tuple(f"tapegrad_sum_of_squares<{t}, {width}>" for width in (1, 16 // ITEM_BYTES[t]))
-        for t in _TYPES
+)
+_NORM = Source(
+    "gradient_norm.cu",
+    (
+        *(f"tapegrad_sum_of_squares<{t}, {n}>" for t in _TYPES for n in (1, 16 // ITEM_BYTES[t])),
+        "tapegrad_gradient_factor",
     ),
-    ("tapegrad_gradient_factor",),
 )
 _NORM_BLOCKS = 512  # of each array: partial sums that one block then adds up
 
@@ -163,11 +165,11 @@ def gradient_factor(
     for t, g, (width, count) in zip(types, gradients, blocks, strict=True):
         if given[0] is None:
             break
-        _SOURCE.kernel(f"tapegrad_sum_of_squares<{t}, {width}>")(
+        _NORM.kernel(f"tapegrad_sum_of_squares<{t}, {width}>")(
             (count,), (THREADS,), (g, partial[start : start + count], np.int64(g.size))
         )
         start += count
-    _SOURCE.kernel("tapegrad_gradient_factor")(
+    _NORM.kernel("tapegrad_gradient_factor")(
         (1,), (THREADS,), (factor, partial, np.int32(start), *given)
     )
     return True

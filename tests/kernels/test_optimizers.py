@@ -301,32 +301,52 @@ def test_declined_step(step):
         assert optimizers.adam(np, P, P, P, P, step, *[RATE] * 5) is None
 
 
+FOUND = r"race|AddressSanitizer|[Nn]ot equal"
+
+
 @pytest.mark.parametrize(
     ("mode", "was", "now"),
     [
-        ("tsan", "  __syncthreads();\n  const Adam", "  const Adam"),
-        ("asan", "i < count; i += step)\n    update", "i <= count; i += step)\n    update"),
-        ("asan", "i < count / N; i += step)\n    u", "i <= count / N; i += step)\n    u"),
-        ("fast", "+ start; i < count; i += step)\n", "+ 1 + start; i < count; i += step)\n"),
-        (
-            "tsan",
-            "    __syncthreads();\n    if (threadIdx.x < half)",
-            "    if (threadIdx.x < half)",
-        ),
-        ("asan", "i < partials; i", "i <= partials; i"),
-        ("fast", "half > 0; half /= 2", "half > 1; half /= 2"),
-        ("fast", "sum += double(g[i]) * double(g[i]);", ";"),
+        ("tsan", "  __syncthreads();\n", ""),
+        ("asan", "i < count; i += step", "i <= count; i += step"),
+        ("asan", "i < count / N; i += step", "i <= count / N; i += step"),
+        ("fast", "index_t i = count / N * N + start", "index_t i = count / N * N + 1 + start"),
     ],
 )
 def test_planted_faults_are_found(mode, was, now):
     buffers, g = buffers_of("adam", 9, "f4")
+    with (
+        kernels_on_cpu(mode, change=(was, now)),
+        pytest.raises((KernelError, AssertionError), match=FOUND),
+    ):
+        check("adam", update("adam", buffers, g, 1), buffers, g, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "was", "now"),
+    [
+        ("tsan", "    __syncthreads();\n", ""),
+        ("tsan", "return sums[threadIdx.x]", "return sums[0]"),
+        ("asan", "i < count / N; i += step", "i <= count / N; i += step"),
+        ("asan", "i < partials; i", "i <= partials; i"),
+        ("fast", "half > 0; half /= 2", "half > 1; half /= 2"),
+        ("fast", "sum += double(g[i]) * double(g[i]);", ";"),
+        ("fast", "* by + infinite", "* by"),
+    ],
+)
+def test_faults_planted_in_the_norm_are_found(mode, was, now):
+    g = buffers_of("adam", 9, "f4")[1]
 
     def run_everything():
-        check("adam", update("adam", buffers, g, 1), buffers, g, 1)
         check_factor([g], 1, 2)
+        wrong = g.copy()
+        wrong[0] = np.inf
+        factor = np.array(1.0)
+        optimizers.gradient_factor(np, factor, np.array(1.0), 1.0, wrong)
+        np.testing.assert_equal(factor, np.array(np.nan))
 
     with (
         kernels_on_cpu(mode, change=(was, now)),
-        pytest.raises((KernelError, AssertionError), match=r"race|AddressSanitizer|Not equal"),
+        pytest.raises((KernelError, AssertionError), match=FOUND),
     ):
         run_everything()
