@@ -220,7 +220,7 @@ def kernels_of(chain: Chain) -> Kernels:
 
 
 def run(
-    xp: Module, chain: Chain, shape: tuple[int, ...], *arrays: Array
+    chain: Chain, shape: tuple[int, ...], xp: Module, *arrays: Array
 ) -> tuple[Array, ...] | None:
     """Return the chain's outputs, of this shape, and then its sums, (shape[-1],).
 

@@ -241,6 +241,6 @@ def _primitive(
         return tuple([known[y] for y in results])
 
     def kernel(xp: Module, *arrays: Array) -> tuple[Array, ...] | None:
-        return kernels.run(xp, chain, shape, *arrays)
+        return kernels.run(chain, shape, xp, *arrays)
 
     return MultiPrimitive("chain", meaning, kernel=kernel)

@@ -20,8 +20,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[chains.Chain]:
     found: list[chains.Chain] = []
     run = chains.run
 
-    def noting(xp: Any, chain: chains.Chain, *arguments: Any) -> Any:
-        answer = run(xp, chain, *arguments)
+    def noting(chain: chains.Chain, *arguments: Any) -> Any:
+        answer = run(chain, *arguments)
         assert answer is not None, "the kernel declined"
         found.append(chain)
         return answer

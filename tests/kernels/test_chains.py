@@ -208,7 +208,7 @@ def test_every_operation_is_what_its_primitive_says(dtype):
     outputs = tuple(range(3, 3 + len(steps)))
     chain = Chain({"f4": "float", "f8": "double"}[dtype], kinds, tuple(steps), outputs, ())
     with kernels_on_cpu():
-        got = chains.run(np, chain, a.shape, *inputs)
+        got = chains.run(chain, a.shape, np, *inputs)
     tolerance = {"f4": 1e-5, "f8": 1e-12}[dtype]
     for step, y, w in zip(steps, got, want, strict=True):
         assert y.dtype == w.dtype, step
@@ -330,7 +330,7 @@ TANH = Chain("float", (Input("each", False), Input("row", False), Input("one", F
 
 
 def launch(x, b, k, xp=np):
-    return chains.run(xp, TANH, x.shape, x, b, k)
+    return chains.run(TANH, x.shape, xp, x, b, k)
 
 
 def test_rows_numbers_and_sums():
@@ -389,7 +389,7 @@ def kernels_of_activations(type_name, width, chosen):
     """Return the text of these activations' chains, and the names in it: compiled as one."""
     written = {}
     with device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chains, "run", lambda xp, chain, *_: written.setdefault(chain))
+        patch.setattr(chains, "run", lambda chain, *_: written.setdefault(chain))
         for activation in chosen:
             compiled(layer(ELEMENTWISE[activation]), *arrays_of(3, 4))
     texts, names = [], []

@@ -318,7 +318,6 @@ def test_too_many_columns_decline(monkeypatch):
         ("tsan", "masses[warp] = mass;\n    __syncthreads();", "masses[warp] = mass;"),
         ("tsan", "    __syncthreads();  // before the next row", "    // before the next row"),
         ("tsan", "costs[warp] = cost;\n      __syncthreads();", "costs[warp] = cost;"),
-        ("asan", "packs = r < rows ? columns / N : 0;", "packs = columns / N;"),
         ("asan", "packs = r < rows ? columns / N : 0;", "packs = columns / N + 1;"),
         ("asan", "if (counts && class_weights &&", "if (class_weights &&"),
         ("asan", "label >= 0 && label < columns", "label >= 0 && label <= columns"),
