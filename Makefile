@@ -12,7 +12,8 @@ RUN ?= $(BIN)/python
 help:
 	@echo "make train        train on handwritten digits; results in runs/digits"
 	@echo "make test         run all tests that need no GPU"
-	@echo "make test-gpu     run the tests on a GPU (CUDA=12 for CUDA 12)"
+	@echo "make test-gpu     run the tests on a GPU (CUDA=12 for CUDA 12; SANITIZERS=all takes"
+	@echo "                  the kernels through every tool of compute-sanitizer: minutes more)"
 	@echo "make bench        run the benchmarks (SUITES='steps ops' PEERS=torch,jax for a part, with peers)"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel-check  build the wheel, install it elsewhere, use it there"
@@ -42,7 +43,7 @@ test: $(TESTS_READY)
 	$(RUN) -m pytest -m "not gpu"
 
 test-gpu: $(TESTS_READY)
-	TAPEGRAD_BACKEND=cupy $(RUN) -m pytest tests/gpu
+	TAPEGRAD_BACKEND=cupy TAPEGRAD_SANITIZERS=$(SANITIZERS) $(RUN) -m pytest tests/gpu
 
 bench: $(TESTS_READY)
 	$(RUN) -m benchmarks $(SUITES) $(if $(PEERS),--peers $(PEERS))

@@ -12,6 +12,7 @@ if __name__ == "kernels":
     )
 
 from . import (
+    chains,
     elementwise,
     gemm,
     linear_relu,
@@ -23,6 +24,7 @@ from . import (
 from ._build import kernel_names
 
 __all__ = [
+    "chains",
     "elementwise",
     "gemm",
     "kernel_names",

@@ -15,6 +15,7 @@ from ._build import (
     cpp_type,
     pack_width,
     row_blocks,
+    row_chunks,
 )
 from .cublaslt import Epilogue
 from .gemm import Operation, product
@@ -33,12 +34,6 @@ _SOURCE = Source(
         for t in FLOATING
     ),
 )
-
-# Of rows that a block adds up. So many rows go to one block a tile, saving the second launch
-# (1.3 us in a graph) and its wait; beyond them the rows are cut, for at most so many partial sums.
-_ROWS_OF_ONE_BLOCK = 256
-_MAX_CHUNKS = 256
-_MIN_ROWS_A_LANE = 8
 
 
 def linear_relu(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
@@ -91,10 +86,7 @@ def linear_relu_grad(xp: Module, g: Array, y: Array) -> tuple[Array, Array] | No
     gz, gb = xp.empty_like(g), xp.empty(columns, g.dtype)
     width = pack_width(xp, t, columns, g, y, gz)
     tiles, block = column_tiles(columns // width)
-    chunk = rows
-    if rows > _ROWS_OF_ONE_BLOCK:
-        chunk = max(block[1] * _MIN_ROWS_A_LANE, -(-rows // _MAX_CHUNKS))
-    chunks = -(-rows // chunk)
+    chunk, chunks = row_chunks(rows, block[1])
     accumulator = xp.float64 if t == "double" else xp.float32
     partial = xp.empty((chunks, columns), accumulator) if chunks > 1 else None
     _SOURCE.kernel(f"tapegrad_linear_relu_grad<{t}, {width}>")(

@@ -3,13 +3,17 @@
 // T is float or double; N = 16 / sizeof(T), or 1 where an address is no multiple of 16 bytes. One
 // thread updates N neighbouring parameters at a time; the last count % N go one by one.
 //
+// Each gradient is multiplied by *factor first (null: by 1), which is what the loss was scaled by
+// and the limit of the gradients' norm make of it: see gradient_norm.cu.
+//
 // The hyper-parameters and the step are read from device memory, so that a captured CUDA graph
 // follows a schedule without being changed. They are double, and what is made of them alone (1 -
 // beta, the bias corrections) is computed in double: float(1) - float(0.999) has 4 digits.
 #include "common.cuh"
 
 constexpr int kThreads = 256;
-constexpr int kMinBlocks = 3;  // 80 registers a thread: without it rmsprop<double> spills on sm_89
+// 80 or 128 registers a thread: with fewer the rules in double spill, on sm_89 or sm_100.
+template <typename T> constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;
 
 // ------------------------------------------------------------------ the rules, for one parameter
 template <typename T> struct Sgd {
@@ -63,27 +67,30 @@ template <typename T> struct Adam {
 
 // ------------------------------------------------------------------ over the buffer
 template <int N, typename T, typename Rule>
-__device__ void update_pack(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g, index_t i) {
+__device__ void update_pack(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g, T factor,
+                            index_t i) {
   Pack<T, N> parameter = load<N>(p, i), first, second;
   if constexpr (Rule::kSlots > 0) first = load<N>(slot_1, i);
   if constexpr (Rule::kSlots > 1) second = load<N>(slot_2, i);
   const Pack<T, N> gradient = load<N>(g, i);
 #pragma unroll
   for (int k = 0; k < N; ++k)
-    rule(parameter.at[k], first.at[k], second.at[k], gradient.at[k]);
+    rule(parameter.at[k], first.at[k], second.at[k], factor * gradient.at[k]);
   store<N>(p, i, parameter);
   if constexpr (Rule::kSlots > 0) store<N>(slot_1, i, first);
   if constexpr (Rule::kSlots > 1) store<N>(slot_2, i, second);
 }
 
 template <int N, typename T, typename Rule>
-__device__ void update(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g, index_t count) {
+__device__ void update(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g,
+                       const double *factor, index_t count) {
+  const T by = factor ? T(*factor) : T(1);
   const index_t start = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const index_t step = index_t(gridDim.x) * blockDim.x;
   for (index_t i = start; i < count / N; i += step)
-    update_pack<N>(rule, p, slot_1, slot_2, g, i);
+    update_pack<N>(rule, p, slot_1, slot_2, g, by, i);
   for (index_t i = count / N * N + start; i < count; i += step)
-    update_pack<1>(rule, p, slot_1, slot_2, g, i);
+    update_pack<1>(rule, p, slot_1, slot_2, g, by, i);
 }
 
 // By squaring: 17 multiplications for t = 100 000, where pow costs 150 instructions at the 1/64
@@ -97,39 +104,40 @@ __device__ double power(double base, index_t t) {
 
 // ------------------------------------------------------------------ kernels
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    tapegrad_sgd(T *p, const T *g, index_t count, const double *learning_rate) {
-  update<N>(Sgd<T>{T(*learning_rate)}, p, (T *)nullptr, (T *)nullptr, g, count);
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    tapegrad_sgd(T *p, const T *g, const double *factor, index_t count,
+                 const double *learning_rate) {
+  update<N>(Sgd<T>{T(*learning_rate)}, p, (T *)nullptr, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    tapegrad_momentum(T *p, T *v, const T *g, index_t count, const double *learning_rate,
-                      const double *momentum, int nesterov) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    tapegrad_momentum(T *p, T *v, const T *g, const double *factor, index_t count,
+                      const double *learning_rate, const double *momentum, int nesterov) {
   const Momentum<T> rule = {T(*learning_rate), T(*momentum), nesterov != 0};
-  update<N>(rule, p, v, (T *)nullptr, g, count);
+  update<N>(rule, p, v, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    tapegrad_adagrad(T *p, T *a, const T *g, index_t count, const double *learning_rate,
-                     const double *epsilon) {
-  update<N>(Adagrad<T>{T(*learning_rate), T(*epsilon)}, p, a, (T *)nullptr, g, count);
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    tapegrad_adagrad(T *p, T *a, const T *g, const double *factor, index_t count,
+                     const double *learning_rate, const double *epsilon) {
+  update<N>(Adagrad<T>{T(*learning_rate), T(*epsilon)}, p, a, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    tapegrad_rmsprop(T *p, T *v, const T *g, index_t count, const double *learning_rate,
-                     const double *rho, const double *epsilon) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    tapegrad_rmsprop(T *p, T *v, const T *g, const double *factor, index_t count,
+                     const double *learning_rate, const double *rho, const double *epsilon) {
   const RmsProp<T> rule = {T(*learning_rate), T(*rho), T(1.0 - *rho), T(*epsilon)};
-  update<N>(rule, p, v, (T *)nullptr, g, count);
+  update<N>(rule, p, v, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    tapegrad_adam(T *p, T *m, T *v, const T *g, index_t count, const index_t *step,
-                  const double *learning_rate, const double *beta_1, const double *beta_2,
-                  const double *epsilon, const double *weight_decay) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    tapegrad_adam(T *p, T *m, T *v, const T *g, const double *factor, index_t count,
+                  const index_t *step, const double *learning_rate, const double *beta_1,
+                  const double *beta_2, const double *epsilon, const double *weight_decay) {
   // by one thread a block: double arithmetic in every thread would outlast the memory traffic
   __shared__ T corrected[2];
   if (threadIdx.x == 0) {
@@ -140,5 +148,5 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const Adam<T> rule = {T(*beta_1),        T(1.0 - *beta_1), T(*beta_2),
                         T(1.0 - *beta_2),  T(*epsilon),      corrected[0],
                         corrected[1],      T(*learning_rate * *weight_decay)};
-  update<N>(rule, p, m, v, g, count);
+  update<N>(rule, p, m, v, g, factor, count);
 }

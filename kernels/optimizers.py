@@ -1,4 +1,4 @@
-"""Launchers of optimizers.cu: in-place updates of flat buffers, one launch each."""
+"""Launchers of optimizers.cu and gradient_norm.cu: updates of flat buffers, one launch each."""
 
 from __future__ import annotations
 
@@ -20,16 +20,27 @@ _SOURCE = Source(
         for t in _TYPES
     ),
 )
+_NORM = Source(
+    "gradient_norm.cu",
+    (
+        *(f"tapegrad_sum_of_squares<{t}, {n}>" for t in _TYPES for n in (1, 16 // ITEM_BYTES[t])),
+        "tapegrad_gradient_factor",
+    ),
+)
+_NORM_BLOCKS = 512  # of each array: partial sums that one block then adds up
 
 
-def sgd(xp: Module, p: Array, g: Array, learning_rate: Array) -> bool | None:
+def sgd(
+    xp: Module, p: Array, g: Array, learning_rate: Array, factor: Array | None = None
+) -> bool | None:
     """Update p -= learning_rate * g.
 
     Here and below: the buffers are 1-D, C-contiguous, of one size, float32 or float64; the
-    hyper-parameters 0-d float64 arrays on the device, read when the kernel runs. The answer is
-    True when it is done, None for arrays the kernel was not written for.
+    hyper-parameters 0-d float64 arrays on the device, read when the kernel runs; `factor`, one
+    more of them, multiplies the gradient first. The answer is True when it is done, None for
+    arrays the kernel was not written for.
     """
-    return _update(xp, "sgd", (p, g), (learning_rate,))
+    return _update(xp, "sgd", (p, g), (learning_rate,), factor)
 
 
 def momentum(
@@ -39,6 +50,7 @@ def momentum(
     g: Array,
     learning_rate: Array,
     momentum: Array,
+    factor: Array | None = None,
     *,
     nesterov: bool,
 ) -> bool | None:
@@ -46,21 +58,34 @@ def momentum(
     p += momentum * v - learning_rate * g.
     """
     flags = (np.int32(nesterov),)
-    return _update(xp, "momentum", (p, v, g), (learning_rate, momentum), flags=flags)
+    return _update(xp, "momentum", (p, v, g), (learning_rate, momentum), factor, flags=flags)
 
 
 def adagrad(
-    xp: Module, p: Array, a: Array, g: Array, learning_rate: Array, epsilon: Array
+    xp: Module,
+    p: Array,
+    a: Array,
+    g: Array,
+    learning_rate: Array,
+    epsilon: Array,
+    factor: Array | None = None,
 ) -> bool | None:
     """Update a += g^2, then p -= learning_rate * g / (sqrt(a) + epsilon)."""
-    return _update(xp, "adagrad", (p, a, g), (learning_rate, epsilon))
+    return _update(xp, "adagrad", (p, a, g), (learning_rate, epsilon), factor)
 
 
 def rmsprop(
-    xp: Module, p: Array, v: Array, g: Array, learning_rate: Array, rho: Array, epsilon: Array
+    xp: Module,
+    p: Array,
+    v: Array,
+    g: Array,
+    learning_rate: Array,
+    rho: Array,
+    epsilon: Array,
+    factor: Array | None = None,
 ) -> bool | None:
     """Update v = rho v + (1 - rho) g^2, then p -= learning_rate * g / (sqrt(v) + epsilon)."""
-    return _update(xp, "rmsprop", (p, v, g), (learning_rate, rho, epsilon))
+    return _update(xp, "rmsprop", (p, v, g), (learning_rate, rho, epsilon), factor)
 
 
 def adam(
@@ -75,6 +100,7 @@ def adam(
     beta_2: Array,
     epsilon: Array,
     weight_decay: Array,
+    factor: Array | None = None,
 ) -> bool | None:
     """Update m = b1 m + (1 - b1) g and v = b2 v + (1 - b2) g^2, then
     p -= learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + weight_decay * p).
@@ -84,7 +110,7 @@ def adam(
     if not _is_device_scalar(xp, step, np.int64):
         return None
     hyper = (learning_rate, beta_1, beta_2, epsilon, weight_decay)
-    return _update(xp, "adam", (p, m, v, g), hyper, counters=(step,))
+    return _update(xp, "adam", (p, m, v, g), hyper, factor, counters=(step,))
 
 
 def _update(
@@ -92,6 +118,7 @@ def _update(
     rule: str,
     buffers: tuple[Array, ...],
     hyper: tuple[Array, ...],
+    factor: Array | None,
     *,
     counters: tuple[Array, ...] = (),
     flags: tuple[Any, ...] = (),
@@ -100,13 +127,50 @@ def _update(
     if len(shape) != 1 or any(buffer.shape != shape for buffer in buffers):
         return None
     t = cpp_type(*buffers)
-    if t not in _TYPES or not all(_is_device_scalar(xp, h, np.float64) for h in hyper):
+    scalars = hyper if factor is None else (*hyper, factor)
+    if t not in _TYPES or not all(_is_device_scalar(xp, h, np.float64) for h in scalars):
         return None
     width = pack_width(xp, t, 0, *buffers)
     _SOURCE.kernel(f"tapegrad_{rule}<{t}, {width}>")(
         grid(-(-shape[0] // width)),
         (THREADS,),
-        (*buffers, np.int64(shape[0]), *counters, *hyper, *flags),
+        (*buffers, factor, np.int64(shape[0]), *counters, *hyper, *flags),
+    )
+    return True
+
+
+def gradient_factor(
+    xp: Module, factor: Array, limit: Any, scale: Any, *gradients: Array
+) -> bool | None:
+    """Let factor = min(1, limit / norm) / scale, where norm is that of all gradients / scale.
+
+    factor, limit and scale are 0-d float64 arrays on the device; instead of the latter two the
+    numbers infinity and 1 may stand. The gradients are float32 or float64, C-contiguous.
+    """
+    given = [None if type(x) is float else x for x in (limit, scale)]
+    if any(type(x) is float and x != none for x, none in ((limit, np.inf), (scale, 1.0))):
+        return None
+    scalars = [factor, *(x for x in given if x is not None)]
+    if not all(_is_device_scalar(xp, x, np.float64) for x in scalars):
+        return None
+    types = [cpp_type(g) for g in gradients]
+    if any(t not in _TYPES for t in types):
+        return None
+    blocks = []
+    for t, g in zip(types, gradients, strict=True):
+        width = pack_width(xp, str(t), 0, g)
+        blocks.append((width, min(grid(-(-g.size // width))[0], _NORM_BLOCKS)))
+    partial = xp.empty(sum(count for _, count in blocks), np.float64)
+    start = 0
+    for t, g, (width, count) in zip(types, gradients, blocks, strict=True):
+        if given[0] is None:
+            break
+        _NORM.kernel(f"tapegrad_sum_of_squares<{t}, {width}>")(
+            (count,), (THREADS,), (g, partial[start : start + count], np.int64(g.size))
+        )
+        start += count
+    _NORM.kernel("tapegrad_gradient_factor")(
+        (1,), (THREADS,), (factor, partial, np.int32(start), *given)
     )
     return True
 

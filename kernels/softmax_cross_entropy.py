@@ -24,6 +24,11 @@ from ._build import (
 # idle; 32 for the most that a warp can hold without spilling.
 _FEW, _MANY = 8, 32
 
+
+def _widths(type_name: str) -> tuple[int, int]:
+    return 1, 16 // ITEM_BYTES[type_name]
+
+
 _SOURCE = Source(
     "softmax_cross_entropy.cu",
     *(
@@ -31,10 +36,8 @@ _SOURCE = Source(
             f"tapegrad_{target}_cross_entropy_{form}"
             for target in ("label", "probability")
             for form in (
-                f"short<{t}, {_FEW}>",
-                f"short<{t}, {_MANY}>",
-                f"long<{t}, 1>",
-                f"long<{t}, {16 // ITEM_BYTES[t]}>",
+                *(f"short<{t}, {values}, {n}>" for values in (_FEW, _MANY) for n in _widths(t)),
+                *(f"long<{t}, {n}>" for n in _widths(t)),
             )
         )
         for t in FLOATING
@@ -42,26 +45,30 @@ _SOURCE = Source(
 )
 
 _SHORT_THREADS = 128
-# A row of more bytes gets 1024 threads instead of 256: with fewer rows in flight (264 on an H200)
-# the second read of each still finds it in L2.
+# A row of more bytes gets as many threads as fit, instead of 256: with fewer rows in flight (264 on
+# an H200) the second read of each still finds it in L2.
 _WIDE_BYTES = 32 << 10
+_LONG_THREADS, _MOST_THREADS = 256, {"double": 512}
 
 
 def softmax_cross_entropy(
     xp: Module,
     logits: Array,
     labels: Array,
+    class_weights: Array | None = None,
     *,
     label_smoothing: float,
     ignore_label: int | None,
 ) -> Array | None:
     """Return the loss of each row, shape (n,), or None for arrays the kernel was not written for.
 
-    logits are (n, classes), floating and C-contiguous; labels (n,), int32 or int64. With s the
-    smoothing, loss = lse(x) - (1 - s) x[label] - s / classes * sum(x); an ignored row's is 0, and
-    that of a row whose label is no class NaN.
+    logits are (n, classes), floating and C-contiguous; labels (n,), int32 or int64; class_weights
+    (classes,), of the logits' type. With s the smoothing, t = (1 - s) [c is label] + s / classes
+    and w the class weights, loss = sum_c w_c t_c (lse(x) - x_c); an ignored row's is 0, and that of
+    a row whose label is no class NaN.
     """
-    result = _with_labels(xp, logits, labels, label_smoothing, ignore_label, with_grad=False)
+    options = label_smoothing, ignore_label
+    result = _with_labels(xp, logits, labels, class_weights, *options, with_grad=False)
     return None if result is None else result[0]
 
 
@@ -69,16 +76,17 @@ def softmax_cross_entropy_with_grad(
     xp: Module,
     logits: Array,
     labels: Array,
+    class_weights: Array | None = None,
     *,
     label_smoothing: float,
     ignore_label: int | None,
 ) -> tuple[Array, Array] | None:
     """Return (loss, dlogits), both in one launch; arguments as for `softmax_cross_entropy`.
 
-    dlogits = softmax(x) - s / classes - (1 - s) [class is label]; 0 in an ignored row and in one
-    whose label is no class.
+    dlogits = softmax(x) * sum(w t) - w t; 0 in an ignored row and in one whose label is no class.
     """
-    return _with_labels(xp, logits, labels, label_smoothing, ignore_label, with_grad=True)
+    options = label_smoothing, ignore_label
+    return _with_labels(xp, logits, labels, class_weights, *options, with_grad=True)
 
 
 def probability_cross_entropy(xp: Module, logits: Array, targets: Array) -> Array | None:
@@ -102,6 +110,7 @@ def _with_labels(
     xp: Module,
     logits: Array,
     labels: Array,
+    class_weights: Array | None,
     smoothing: float,
     ignore_label: int | None,
     *,
@@ -109,8 +118,10 @@ def _with_labels(
 ) -> tuple[Array, Any] | None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.flags.c_contiguous:
         return None
-    t = cpp_type(logits)
+    t = cpp_type(logits) if class_weights is None else cpp_type(logits, class_weights)
     if t is None or labels.dtype not in (np.int32, np.int64):
+        return None
+    if class_weights is not None and class_weights.shape != logits.shape[1:]:
         return None
     accumulator = np.float64 if t == "double" else np.float32
     even = smoothing / logits.shape[1]
@@ -120,6 +131,7 @@ def _with_labels(
         np.int64(ignore_label or 0),
         accumulator(even),
         accumulator(1 - smoothing + even),
+        class_weights,
     )
     return _launch(xp, "label", t, logits, labels, extra, with_grad)
 
@@ -148,19 +160,20 @@ def _launch(
     loss = xp.empty(rows, logits.dtype)
     dlogits = xp.empty_like(logits) if with_grad else None
     name = f"tapegrad_{target_kind}_cross_entropy"
+    in_packs = [a for a in (logits, target, dlogits) if a is not None and a.ndim == 2]
+    width = pack_width(xp, t, columns, *in_packs)
     arguments = (logits, target, loss, dlogits, np.int64(rows), np.int32(columns))
     if columns <= WARP * _MANY:
         values = _FEW if columns <= WARP * _FEW else _MANY
         lanes = 1 << (-(-columns // values) - 1).bit_length()
-        _SOURCE.kernel(f"{name}_short<{t}, {values}>")(
+        _SOURCE.kernel(f"{name}_short<{t}, {values}, {width}>")(
             grid(rows * lanes, _SHORT_THREADS),
             (_SHORT_THREADS,),
             (*arguments, np.int32(lanes), *extra),
         )
     else:
-        in_packs = [a for a in (logits, target, dlogits) if a is not None and a.ndim == 2]
-        width = pack_width(xp, t, columns, *in_packs)
-        threads = 1024 if columns * logits.itemsize > _WIDE_BYTES else 256
+        wide = columns * logits.itemsize > _WIDE_BYTES
+        threads = _MOST_THREADS.get(t, 1024) if wide else _LONG_THREADS
         _SOURCE.kernel(f"{name}_long<{t}, {width}>")(
             (min(rows, MAX_BLOCKS),), (threads,), (*arguments, *extra)
         )

@@ -17,9 +17,11 @@ class FlatUpdate(Update):
 
     rule     what is done with a block.
     numbers  what the rule needs, of the hyper-parameters: Python numbers, or a device's arrays.
+
+    One setting more than `numbers` takes is a factor for the gradient.
     """
 
-    __slots__ = ("numbers", "rule")
+    __slots__ = ("numbers", "rule", "settings")
 
     def __init__(
         self,
@@ -33,15 +35,18 @@ class FlatUpdate(Update):
         super().__init__(name, self._forward, writes=writes, kernel=kernel)
         self.rule = rule
         self.numbers = numbers
+        self.settings = numbers.__code__.co_argcount
 
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
         arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
         g = arrays[-1]
+        settings, factors = settings[: self.settings], settings[self.settings :]
         if xp is np:  # a ufunc takes an array without axes in two thirds of the time of a scalar
             numbers = [np.array(k, g.dtype) for k in self.numbers(*[x.item() for x in settings])]
         else:  # computed where they are: asking for their values would wait for the device
             numbers = [k.astype(g.dtype) for k in self.numbers(*settings)]
-        self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, **params)
+        factor = factors[0].astype(g.dtype) if factors else None
+        self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, factor, **params)
 
     def update_blocks(
         self,
@@ -49,19 +54,24 @@ class FlatUpdate(Update):
         arrays: Sequence[Array],
         scratch: Sequence[Array],
         numbers: Sequence[Any],
+        factor: Any = None,
         **params: Any,
     ) -> None:
         """Go through the arrays block by block; `scratch` is for each lane."""
-        # On a GPU one launch for all, and on this thread: on another one another stream is current.
-        if xp is not np or arrays[0].size <= BLOCK:
-            self.rule(xp, *arrays, scratch[0], *numbers, **params)
-            return
+
+        def update(parts: Sequence[Array], spare: Array) -> None:
+            if factor is not None:
+                parts = [*parts[:-1], parts[-1] * factor]
+            self.rule(xp, *parts, spare, *numbers, **params)
 
         def block(s: slice, lane: int) -> None:
-            spare = scratch[lane][: s.stop - s.start]
-            self.rule(xp, *[a[s] for a in arrays], spare, *numbers, **params)
+            update([a[s] for a in arrays], scratch[lane][: s.stop - s.start])
 
-        for_blocks(arrays[0].size, block)
+        # On a GPU one launch for all, and on this thread: on another one another stream is current.
+        if xp is not np or arrays[0].size <= BLOCK:
+            update(arrays, scratch[0])
+        else:
+            for_blocks(arrays[0].size, block)
 
 
 def spares(xp: Module, size: int, dtype: Any) -> list[Array]:

@@ -6,6 +6,7 @@ from typing import Any
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "cuda_graphs": (True, False),
+    "debug": (False, True),
     "scalar_targets": ("sum", "warn", "raise"),
     "tf32": (False, True),
     "deterministic": (False, True),
@@ -17,6 +18,8 @@ class Config:
 
     cuda_graphs     whether compiled functions on a GPU are replayed as CUDA graphs: True, or False
                     to launch their operations one by one.
+    debug           whether operations on a GPU wait for it to check what only it sees, and raise:
+                    labels that are no class, whose loss is NaN otherwise.
     scalar_targets  what a gradient of a target that is no scalar does: `"sum"` (as TensorFlow:
                     the gradient of the sum of its elements), `"warn"` or `"raise"`.
     tf32            whether matrix products of float32 tensors on a GPU may round their factors to
@@ -30,6 +33,7 @@ class Config:
     """
 
     cuda_graphs: bool = True
+    debug: bool = False
     scalar_targets: str = "sum"
     tf32: bool = False
     deterministic: bool = False

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tapegrad._backend import Array, Module
 from tapegrad._recording import state
+from tapegrad.config import config
 from tapegrad.kernels import elementwise as elementwise_kernels
 from tapegrad.kernels import gemm as gemm_kernels
 from tapegrad.kernels import linear_relu as linear_kernels
@@ -22,7 +24,7 @@ from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
 from tapegrad.linear import sum_to as _sum_to
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import linear_algebra, reductions
+from tapegrad.ops import indexing, linear_algebra, reductions
 from tapegrad.primitive import MultiPrimitive, Primitive, multi_primitive, primitive
 from tapegrad.tensor import Tensor
 
@@ -217,6 +219,33 @@ def _plain_label_loss(
     return loss, p
 
 
+def _checked_labels(
+    xp: Module, labels: Array, classes: int, ignore_label: int | None
+) -> tuple[Array, Array]:
+    """Return which rows are not ignored, and which labels are classes.
+
+    On a GPU a wrong label is seen only by the kernel: its row has the loss NaN and no gradient.
+    Asking would wait for the device, which is what `tg.config.debug` is for.
+    """
+    used = xp.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
+    known = (labels >= 0) & (labels < classes)
+    if (xp is np or config.debug) and not (known | ~used).all():
+        wrong = labels[used & ~known][0]
+        raise ValueError(f"labels must be from 0 to {classes - 1}, got {wrong}")
+    return used, known
+
+
+def _label_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel that looks at its labels first in debug mode."""
+
+    def launch(xp: Module, logits: Array, labels: Array, *weights: Array, **options: Any) -> Any:
+        if config.debug:
+            _checked_labels(xp, labels, logits.shape[-1], options["ignore_label"])
+        return kernel(xp, logits, labels, *weights, **options)
+
+    return launch
+
+
 def _label_loss(
     xp: Module,
     logits: Array,
@@ -231,11 +260,7 @@ def _label_loss(
         answer = _plain_label_loss(logits, labels, with_grad)
         if answer is not None:
             return answer
-    used = xp.ones(n, bool) if ignore_label is None else labels != ignore_label
-    known = (labels >= 0) & (labels < classes)
-    if xp is np and not (known | ~used).all():
-        wrong = labels[used & ~known][0]
-        raise ValueError(f"labels must be from 0 to {classes - 1}, got {wrong}")
+    used, known = _checked_labels(xp, labels, classes, ignore_label)
     rows = xp.arange(n)
     column = xp.where(known & used, labels, 0)
     s = label_smoothing
@@ -245,7 +270,6 @@ def _label_loss(
     loss = log_total - (1 - s) * shifted[rows, column]
     if s:
         loss = loss - s / classes * xp.sum(shifted, axis=1)
-    # On a GPU a wrong label is seen only here: its row has the loss NaN and no gradient.
     zero, nan = loss.dtype.type(0), loss.dtype.type(math.nan)
     loss = xp.where(used, xp.where(known, loss, nan), zero)
     if not with_grad:
@@ -263,11 +287,15 @@ def _label_loss(
 def _label_hessian(logits: Tensor, labels: Tensor, G: Tensor, ignore_label: int | None) -> Tensor:
     """Return the Hessian of each row's loss times G: p * (G - sum(p * G)), 0 for ignored rows."""
     product = _softmax_product(G, softmax(logits, axis=1), 1)
-    classes = logits.shape[1]
+    return ew.where(_counted(labels, logits.shape[1], ignore_label), product, 0)
+
+
+def _counted(labels: Tensor, classes: int, ignore_label: int | None) -> Tensor:
+    """Tell of each row, (n, 1), whether its label is a class and not ignored."""
     counted = ew.logical_and(ew.greater_equal(labels, 0), ew.less(labels, classes))
     if ignore_label is not None:
         counted = ew.logical_and(counted, ew.not_equal(labels, ignore_label))
-    return ew.where(_reshape(counted, shape=(*counted.shape, 1)), product, 0)
+    return _reshape(counted, shape=(*counted.shape, 1))
 
 
 def _label_vjp(
@@ -298,7 +326,7 @@ label_cross_entropy: Primitive = primitive(
     )[0],
     None,
     None,
-    kernel=loss_kernels.softmax_cross_entropy,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy),
 )
 # The loss and, of the same exponentials, its gradient for the logits: an output of its own, with
 # its own rule, so that the reverse pass has only to scale it.
@@ -308,7 +336,7 @@ label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
         xp, logits, labels, **options, with_grad=True
     ),
     joint_vjp=_label_vjp,
-    kernel=loss_kernels.softmax_cross_entropy_with_grad,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy_with_grad),
 )
 
 
@@ -364,7 +392,7 @@ mean_label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
     "mean_label_cross_entropy_with_grad",
     _mean_label_loss,
     joint_vjp=_mean_label_vjp,
-    kernel=_mean_label_kernel,
+    kernel=_label_kernel(_mean_label_kernel),
 )
 
 
@@ -422,4 +450,81 @@ probability_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
     lambda xp, logits, targets: _probability_loss(xp, logits, targets, with_grad=True),
     joint_vjp=_probability_vjp,
     kernel=loss_kernels.probability_cross_entropy_with_grad,
+)
+
+
+# ---- the same for labels with a weight for each class: terms of probabilities, targets * weights
+
+
+def _weighted_label_loss(
+    xp: Module,
+    logits: Array,
+    labels: Array,
+    weights: Array,
+    *,
+    label_smoothing: float,
+    ignore_label: int | None,
+    with_grad: bool,
+) -> tuple[Array, Array | None]:
+    n, classes = logits.shape
+    used, known = _checked_labels(xp, labels, classes, ignore_label)
+    targets = xp.full(logits.shape, label_smoothing / classes, logits.dtype)
+    targets[xp.arange(n), xp.where(known & used, labels, 0)] += logits.dtype.type(
+        1 - label_smoothing
+    )
+    targets *= weights
+    loss, grad = _probability_loss(xp, logits, targets, with_grad=with_grad)
+    zero, nan = loss.dtype.type(0), loss.dtype.type(math.nan)
+    loss = xp.where(used, xp.where(known, loss, nan), zero)
+    return loss, None if grad is None else xp.where((used & known)[:, None], grad, zero)
+
+
+def _weighted_label_vjp(
+    needs: tuple[bool, ...],
+    g: tuple[Tensor | None, Tensor | None],
+    y: tuple[Tensor, Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    label_smoothing: float,
+    ignore_label: int | None,
+) -> tuple[Tensor | None, None, Tensor | None]:
+    of_loss, of_gradient = g
+    if of_gradient is None and of_loss is not None and not needs[2]:
+        return ew.scale(_reshape(of_loss, shape=(*of_loss.shape, 1)), y[1]), None, None
+    classes = logits.shape[1]
+    counted = _counted(labels, classes, ignore_label)
+    safe = ew.where(_reshape(counted, shape=labels.shape), labels, 0)
+    one_hot = indexing.one_hot(safe, classes, dtype=logits.dtype)
+    smoothed = ew.add(ew.multiply(one_hot, 1.0 - label_smoothing), label_smoothing / classes)
+    targets = ew.where(counted, smoothed, 0)
+    of_logits, of_products = _probability_vjp(
+        (needs[0], needs[2]), g, y, logits, ew.multiply(targets, weights)
+    )
+    if of_logits is not None:
+        of_logits = ew.where(counted, of_logits, 0)
+    if of_products is None:
+        return of_logits, None, None
+    # 0 where the target is 0, also where the logarithm of its probability is infinite.
+    return of_logits, None, _sum_to(ew.scale_both(of_products, targets), shape=weights.shape)
+
+
+weighted_label_cross_entropy: Primitive = primitive(
+    "weighted_label_cross_entropy",
+    lambda xp, logits, labels, weights, **options: _weighted_label_loss(
+        xp, logits, labels, weights, **options, with_grad=False
+    )[0],
+    None,
+    None,
+    None,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy),
+)
+weighted_label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
+    "weighted_label_cross_entropy_with_grad",
+    lambda xp, logits, labels, weights, **options: _weighted_label_loss(
+        xp, logits, labels, weights, **options, with_grad=True
+    ),
+    joint_vjp=_weighted_label_vjp,
+    kernel=_label_kernel(loss_kernels.softmax_cross_entropy_with_grad),
 )

@@ -208,8 +208,7 @@ def dropout(x: ArrayLike, /, rate: float, *, generator: Generator | None = None)
     if rate == 0.0:
         return ew.positive(x)
     stream = default_generator() if generator is None else generator
-    kept = ew.astype(stream.mask(x.shape, 1.0 - rate), x.dtype)
-    return ew.multiply(x, ew.divide(kept, 1.0 - rate))
+    return stream.dropout(x, float(rate))
 
 
 # ---- linear maps
@@ -295,7 +294,7 @@ def softmax_cross_entropy(
 
     The loss is sum_c w_c t_c (logsumexp(x) - x_c), where a term of target 0 counts 0 even if its
     logit is -inf. Raises `ValueError` for shapes that do not fit and labels out of range, which on
-    a GPU instead give a NaN loss.
+    a GPU instead give a NaN loss, unless `tg.config.debug` is True.
 
     >>> print(tg.nn.softmax_cross_entropy([[0.0, 0.0]], [1]))
     tg.Tensor(0.6931472, shape=(), dtype=float32)
@@ -350,24 +349,24 @@ def _from_labels(
 ) -> tuple[Tensor, Tensor | None]:
     """Return each row's loss, and what each row counts in a mean (None: one)."""
     counted = None if ignore is None else ew.astype(ew.not_equal(labels, ignore), rows.dtype)
+    options = {"label_smoothing": float(smoothing), "ignore_label": ignore}
     if weights is None:
-        options = {"label_smoothing": float(smoothing), "ignore_label": ignore}
         if is_recording(rows):
             losses, _ = fused.label_cross_entropy_with_grad(rows, labels, **options)
         else:
             losses = fused.label_cross_entropy(rows, labels, **options)
         return losses, counted
-    safe = labels if ignore is None else ew.where(ew.equal(labels, ignore), 0, labels)
-    # A wrong label shows in the loss itself; with smoothing it would not.
-    weight = indexing.take(weights, safe) if smoothing else indexing.rows_at(weights, safe)
-    if counted is not None:
-        weight = ew.multiply(weight, counted)
-    if smoothing:  # every class has a term, each with its own weight
-        target = indexing.one_hot(safe, rows.shape[1], dtype=rows.dtype)
-        losses = _from_targets(rows, target, smoothing, weights)
-        return (losses if counted is None else ew.multiply(losses, counted)), weight
-    losses, _ = _from_labels(rows, labels, 0.0, ignore, None)
-    return ew.multiply(losses, weight), weight
+    if is_recording(rows, weights):
+        losses, _ = fused.weighted_label_cross_entropy_with_grad(rows, labels, weights, **options)
+    else:
+        losses = fused.weighted_label_cross_entropy(rows, labels, weights, **options)
+    # What each row counts is its label's weight: of a label that is no class any will do, for its
+    # loss says that it is none.
+    none = ew.logical_or(ew.less(labels, 0), ew.greater_equal(labels, rows.shape[1]))
+    if ignore is not None:
+        none = ew.logical_or(none, ew.equal(labels, ignore))
+    weight = indexing.rows_at(weights, ew.where(none, 0, labels))
+    return losses, weight if counted is None else ew.multiply(weight, counted)
 
 
 def _from_targets(

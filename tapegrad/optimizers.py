@@ -11,6 +11,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
+from tapegrad._blocks import BLOCK
 from tapegrad._flat_update import FlatUpdate
 from tapegrad._recording import no_record, state
 from tapegrad._storage import Buffer
@@ -201,6 +202,27 @@ def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...])
 gather_gradients = Update("gather_gradients", _gather, writes=1)
 
 
+def _sum_of_squares(xp: Module, g: Array) -> Any:
+    if xp is not np:
+        return xp.sum(xp.square(g.astype(np.float64)))
+    blocks = (g[i : i + BLOCK].astype(np.float64) for i in range(0, g.size, BLOCK))
+    return sum(np.dot(block, block) for block in blocks)
+
+
+def _gradient_factor(xp: Module, factor: Array, limit: Any, scale: Any, *gradients: Array) -> None:
+    by = 1 / scale
+    norm = by * xp.sqrt(sum(_sum_of_squares(xp, g) for g in gradients))
+    shortened = xp.where(norm <= limit, 1.0, limit / xp.maximum(norm, np.finfo(np.float64).tiny))
+    # Of an infinite norm limit / norm would be 0: nothing would move, and nobody would know.
+    factor[...] = by * xp.where(xp.isfinite(norm), shortened, math.nan)
+
+
+# What all gradients are multiplied by: 1 / scale, and less where their norm is above the limit.
+gradient_factor = Update(
+    "gradient_factor", _gradient_factor, writes=1, kernel=kernels.gradient_factor
+)
+
+
 # ---- the flat buffers
 
 
@@ -305,17 +327,34 @@ class Optimizer:
     The first step that sees a Variable moves its values, with those of all others it sees first
     then, into one flat buffer for each dtype; values, identity and tapes are unaffected. A Variable
     that another optimiser has packed stays where it is. Hyper-parameters are float64 Variables:
-    `optimizer.learning_rate.assign(...)`, or plain assignment, changes them.
+    `optimizer.learning_rate.assign(...)`, or plain assignment, changes them. Every optimiser takes
+    two more:
+
+    global_clipnorm    all gradients of a step are multiplied by one factor, so that the norm of
+                       all of them together is at most this.
+    loss_scale_factor  what the loss was multiplied by before its gradients were taken, that small
+                       ones are not lost in 16 bits: they are divided by it first.
     """
 
     _SLOTS: tuple[str, ...] = ()
     _START: tuple[float, ...] = ()  # the slots' first values; zeros if empty
 
-    def __init__(self, name: str | None = None, **hyperparameters: float) -> None:
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        global_clipnorm: float | None = None,
+        loss_scale_factor: float | None = None,
+        **hyperparameters: float,
+    ) -> None:
         self.name = name or type(self).__name__.lower()
-        # In the order in which the update takes them.
         self._hyperparameters: dict[str, Variable] = {}
-        for key, value in hyperparameters.items():
+        common = {"global_clipnorm": global_clipnorm, "loss_scale_factor": loss_scale_factor}
+        for key, number in common.items():
+            if number is not None and not number > 0:
+                raise ValueError(f"{type(self).__name__}: {key} must be above 0, got {number!r}")
+        given = {key: number for key, number in common.items() if number is not None}
+        for key, value in {**hyperparameters, **given}.items():
             value = float(value)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(
@@ -325,6 +364,14 @@ class Optimizer:
                 value, trainable=False, dtype=np.float64, name=f"{self.name}/{key}"
             )
         self._iterations = Variable(0, trainable=False, name=f"{self.name}/iterations")
+        # What every gradient is multiplied by, where the settings ask for it.
+        self._factor = (
+            (Variable(1.0, trainable=False, dtype=np.float64, name=f"{self.name}/factor"),)
+            if given
+            else ()
+        )
+        # What the update takes, in its order.
+        self._settings = (*[self._hyperparameters[key] for key in hyperparameters], *self._factor)
         self._groups: list[_Group] = []
         self._place_of: dict[int, tuple[_Group, int]] = {}
         self._warned: set[int] = set()
@@ -340,6 +387,8 @@ class Optimizer:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_hyperparameters", ()):
             self._hyperparameters[name].assign(value)
+        elif name in ("global_clipnorm", "loss_scale_factor"):
+            raise AttributeError(f"{type(self).__name__} was made without {name}: give it there")
         else:
             object.__setattr__(self, name, value)
 
@@ -371,6 +420,7 @@ class Optimizer:
             if key != self._known_for:
                 self._known_runs, self._known_for = self._runs(gradients, variables), key
             assign_add(self._iterations, 1)
+            gathered = []
             for run, given in self._known_runs:
                 dtype = run.gradients._array.dtype
                 chosen = [
@@ -378,13 +428,19 @@ class Optimizer:
                     for i in given
                     if (g := gradients[i]) is not None
                 ]
-                if run.parts and not state.recorders:
+                if run.parts and not self._factor and not state.recorders:
                     memory = run.parameters
                     memory._buffer.before_write(memory._array)  # at once, not part by part
                     for part, g in zip(run.parts, chosen, strict=True):
                         self._update(part.parameters, part.slots, reshape(g, shape=(g.size,)))
                     continue
                 gather_gradients(run.gradients, *chosen, places=run.places)
+                gathered.append(run)
+            for factor in self._factor:
+                limit = self._hyperparameters.get("global_clipnorm", math.inf)
+                scale = self._hyperparameters.get("loss_scale_factor", 1.0)
+                gradient_factor(factor, limit, scale, *[run.gradients for run in gathered])
+            for run in gathered:
                 self._update(run.parameters, run.slots, run.gradients)
 
     def _runs(
@@ -476,7 +532,7 @@ class Optimizer:
     def _move_to(self, like: Variable) -> None:
         """Keep hyper-parameters where the parameters are: a kernel reads them there."""
         xp = _backend.module_of((like._array,))
-        for v in (*self._hyperparameters.values(), self._iterations):
+        for v in (*self._hyperparameters.values(), self._iterations, *self._factor):
             v._move(xp)
 
     def slot(self, variable: Variable, name: str) -> Tensor:
@@ -512,8 +568,16 @@ class SGD(Optimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         name: str | None = None,
+        global_clipnorm: float | None = None,
+        loss_scale_factor: float | None = None,
     ) -> None:
-        super().__init__(name, learning_rate=learning_rate, momentum=momentum)
+        super().__init__(
+            name,
+            global_clipnorm=global_clipnorm,
+            loss_scale_factor=loss_scale_factor,
+            learning_rate=learning_rate,
+            momentum=momentum,
+        )
         self._nesterov = bool(nesterov)
         self._has_momentum = momentum > 0
         if nesterov and not momentum:
@@ -523,10 +587,9 @@ class SGD(Optimizer):
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
         if not self._has_momentum:
-            sgd_update(p, g, self._hyperparameters["learning_rate"])
+            sgd_update(p, g, self._hyperparameters["learning_rate"], *self._factor)
             return
-        settings = self._hyperparameters.values()
-        momentum_update(p, *slots, g, *settings, nesterov=self._nesterov)
+        momentum_update(p, *slots, g, *self._settings, nesterov=self._nesterov)
 
 
 class Adagrad(Optimizer):
@@ -548,8 +611,16 @@ class Adagrad(Optimizer):
         initial_accumulator_value: float = 0.1,
         epsilon: float = 1e-7,
         name: str | None = None,
+        global_clipnorm: float | None = None,
+        loss_scale_factor: float | None = None,
     ) -> None:
-        super().__init__(name, learning_rate=learning_rate, epsilon=epsilon)
+        super().__init__(
+            name,
+            global_clipnorm=global_clipnorm,
+            loss_scale_factor=loss_scale_factor,
+            learning_rate=learning_rate,
+            epsilon=epsilon,
+        )
         if not initial_accumulator_value >= 0:
             raise ValueError(
                 "Adagrad: initial_accumulator_value must be >= 0, "
@@ -558,7 +629,7 @@ class Adagrad(Optimizer):
         self._START = (float(initial_accumulator_value),)
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        adagrad_update(p, *slots, g, *self._hyperparameters.values())
+        adagrad_update(p, *slots, g, *self._settings)
 
 
 class RMSprop(Optimizer):
@@ -578,12 +649,21 @@ class RMSprop(Optimizer):
         rho: float = 0.9,
         epsilon: float = 1e-7,
         name: str | None = None,
+        global_clipnorm: float | None = None,
+        loss_scale_factor: float | None = None,
     ) -> None:
         _below_one("RMSprop", rho=rho)
-        super().__init__(name, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
+        super().__init__(
+            name,
+            global_clipnorm=global_clipnorm,
+            loss_scale_factor=loss_scale_factor,
+            learning_rate=learning_rate,
+            rho=rho,
+            epsilon=epsilon,
+        )
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        rmsprop_update(p, *slots, g, *self._hyperparameters.values())
+        rmsprop_update(p, *slots, g, *self._settings)
 
 
 class Adam(Optimizer):
@@ -609,10 +689,14 @@ class Adam(Optimizer):
         epsilon: float = 1e-8,
         weight_decay: float | None = None,
         name: str | None = None,
+        global_clipnorm: float | None = None,
+        loss_scale_factor: float | None = None,
     ) -> None:
         _below_one(type(self).__name__, beta_1=beta_1, beta_2=beta_2)
         super().__init__(
             name,
+            global_clipnorm=global_clipnorm,
+            loss_scale_factor=loss_scale_factor,
             learning_rate=learning_rate,
             beta_1=beta_1,
             beta_2=beta_2,
@@ -621,7 +705,7 @@ class Adam(Optimizer):
         )
 
     def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        adam_update(p, *slots, g, self._iterations, *self._hyperparameters.values())
+        adam_update(p, *slots, g, self._iterations, *self._settings)
 
 
 class AdamW(Adam):

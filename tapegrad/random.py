@@ -8,9 +8,11 @@ agree to a few units in the last place.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing
 from tapegrad.ops.arguments import as_tensor, normalize_shape
 from tapegrad.ops.creation import Shape, to_backend
-from tapegrad.primitive import Primitive, primitive
+from tapegrad.primitive import MultiPrimitive, Primitive, multi_primitive, primitive
 from tapegrad.tensor import DEFAULT_FLOAT, ArrayLike, Tensor
 from tapegrad.variable import Variable
 
@@ -93,10 +95,35 @@ def _mask_forward(xp: Module, bits: Array, *, shape: tuple[int, ...], threshold:
     return (bits.view(np.uint32)[: math.prod(shape)] < threshold).reshape(shape)
 
 
+def _dropout_forward(
+    xp: Module, x: Array, counter: Array, key: Array, *, rate: float
+) -> tuple[Array, Array]:
+    bits = _bits_forward(xp, counter, key, count=-(-x.size // 2))
+    kept = _mask_forward(xp, bits, shape=x.shape, threshold=_threshold(1.0 - rate))
+    factors = kept.astype(x.dtype) / (1.0 - rate)
+    return x * factors, factors
+
+
+def _threshold(probability: float) -> int:
+    """Return the number below which so large a share of all 32-bit numbers is."""
+    return round(probability * 2**32)
+
+
 _uniform: Primitive = primitive("random_uniform", _uniform_forward, None)
 _normal: Primitive = primitive("random_normal", _normal_forward, None)
 _integers: Primitive = primitive("random_integers", _integers_forward, None)
 _mask: Primitive = primitive("random_mask", _mask_forward, None)
+# x times 0 or 1 / (1 - rate), and these factors, constants to whoever differentiates.
+_dropout: MultiPrimitive = multi_primitive(
+    "dropout",
+    _dropout_forward,
+    joint_vjp=lambda needs, g, y, _x, _counter, _key, *, rate: (
+        None if g[0] is None else ew.scale(g[0], y[1]),
+        None,
+        None,
+    ),
+    kernel=kernels.dropout,
+)
 
 
 class Generator:
@@ -145,15 +172,19 @@ class Generator:
     def _draw(self, numbers: int, bits_each: int) -> Tensor:
         """Return bits for so many numbers, and move on."""
         words = -(-numbers * bits_each // 64)
+        with self._drawing(_backend.default_module(), words):
+            return _bits(self.counter, self._key, count=words)
+
+    @contextlib.contextmanager
+    def _drawing(self, xp: Module, words: int) -> Iterator[None]:
+        """Let counter and key be where `xp` is, for nobody else, and move on by so many words."""
         with self._lock:
             if self._unseeded:
                 self._set_key(None)
-            xp = _backend.default_module()
             self.counter._move(xp)
             self._key._move(xp)
-            bits = _bits(self.counter, self._key, count=words)
+            yield
             self.counter.assign_add(-(-words // _WORDS_A_STEP))
-        return bits
 
     def uniform(
         self,
@@ -213,7 +244,13 @@ class Generator:
             raise ValueError(f"[mask] probability must be from 0 to 1, got {probability!r}")
         lengths = normalize_shape("mask", shape)
         bits = self._draw(math.prod(lengths), 32)
-        return _mask(bits, shape=lengths, threshold=round(probability * 2**32))
+        return _mask(bits, shape=lengths, threshold=_threshold(probability))
+
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        """Return x with each element 0 with probability `rate`; see `tapegrad.nn.dropout`."""
+        with self._drawing(_backend.module_of((x._array,)), -(-x.size // 2)):
+            y, _ = _dropout(x, self.counter, self._key, rate=rate)
+        return y
 
     def permutation(self, n: int) -> Tensor:
         """Return the integers from 0 to n - 1 in a random order."""

@@ -35,6 +35,14 @@ def plain_label_loss(x, labels, smoothing=0.0):
     return -tg.sum(target * p, axis=1)
 
 
+def plain_weighted_loss(x, weights, labels, smoothing=0.0, ignore=None):
+    target = (
+        tg.one_hot(labels, x.shape[1], dtype=x.dtype) * (1 - smoothing) + smoothing / x.shape[1]
+    )
+    used = (labels != ignore).astype(x.dtype)
+    return -tg.sum(target * weights * tg.nn.log_softmax(x), axis=1) * used
+
+
 def plain_probability_loss(x, q):
     return -tg.sum(tg.nn.log_softmax(x) * q, axis=1)
 
@@ -123,6 +131,64 @@ def test_label_cross_entropy(n, classes, smoothing):
         lambda x: plain_label_loss(x, labels, smoothing),
         normal(n, classes),
     )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("n", "classes"), [(1, 2), (5, 10), (33, 257)])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_weighted_label_cross_entropy(n, classes, smoothing, kernels, monkeypatch):
+    labels = np.random.default_rng(3).integers(0, classes, n)
+    options = {"label_smoothing": smoothing, "ignore_label": 1, "reduction": "none"}
+    arrays = normal(n, classes), np.linspace(0.0, 2.0, classes)
+    fused = lambda x, w: tg.nn.softmax_cross_entropy(x, labels, class_weights=w, **options)
+    plain = lambda x, w: plain_weighted_loss(x, w, labels, smoothing, 1)
+    if not kernels:
+        assert_same(fused, plain, *arrays)
+        return
+    want = derivatives(plain, *arrays)
+    with kernels_run(monkeypatch) as ran:
+        got = derivatives(fused, *arrays)
+    assert "weighted_label_cross_entropy_with_grad" in ran
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("weights", [None, np.ones(4, "f4")])
+@pytest.mark.parametrize("debug", [False, True])
+def test_labels_that_are_no_class(weights, debug, monkeypatch):
+    """A kernel gives such a row the loss NaN and no gradient; in debug mode that is an error."""
+    monkeypatch.setattr(type(tg.config), "debug", debug)
+    x, labels = tg.Variable(normal(3, 4, dtype="float32")), tg.constant([1, 4, -7])
+
+    def run():
+        with tg.GradientTape() as tape:
+            options = {"class_weights": weights, "ignore_label": -7, "reduction": "none"}
+            losses = tg.nn.softmax_cross_entropy(x, labels, **options)
+        return losses.numpy(), tape.gradient(losses, x).numpy()
+
+    with kernels_run(monkeypatch) as ran:
+        if debug:
+            with pytest.raises(ValueError, match="labels must be from 0 to 3, got 4"):
+                run()
+            return
+        losses, gradient = run()
+    assert ran
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+    np.testing.assert_array_equal((gradient != 0).any(axis=1), [True, False, False])
+
+
+def test_masked_logits_and_class_weights():
+    """A weight of 0 counts 0 where the loss is infinite; so does a class that is not the label."""
+    x, w = tg.Variable([[-np.inf, 0.0], [3.0, -np.inf]]), tg.Variable([1.0, 0.0])
+    with tg.GradientTape() as tape:
+        losses = tg.nn.softmax_cross_entropy(x, [1, 0], class_weights=w, reduction="none")
+        again = tg.nn.softmax_cross_entropy(x, [1, 1], class_weights=w, reduction="none")
+        total = tg.sum(losses)
+    np.testing.assert_array_equal(losses.numpy(), [0.0, 0.0])
+    np.testing.assert_array_equal(again.numpy(), [0.0, 0.0])
+    of_x, of_w = tape.gradient(total, [x, w])
+    np.testing.assert_array_equal(of_x.numpy(), np.zeros((2, 2)))
+    np.testing.assert_array_equal(of_w.numpy(), np.zeros(2))
 
 
 @pytest.mark.parametrize(("n", "classes"), [(1, 2), (5, 10), (33, 257)])
@@ -255,6 +321,40 @@ def test_training_with_kernels_equals_training_without(name, monkeypatch):
     np.testing.assert_allclose(losses_with, losses, rtol=1e-5)
     for a, b in zip(weights_with, weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Adagrad", "RMSprop", "Adam"])
+def test_clipped_updates_with_kernels(name, monkeypatch):
+    from tapegrad import optimizers
+
+    options = {"global_clipnorm": 0.5, "loss_scale_factor": 4.0}
+    gradients = [normal(6, 5, dtype="float32"), normal(5, dtype="float64"), normal(7, seed=1)]
+
+    def train():
+        variables = [tg.Variable(np.ones_like(g)) for g in gradients]
+        kind = getattr(optimizers, "SGD" if name == "Momentum" else name)
+        more = {"momentum": 0.9} if name == "Momentum" else {}
+        optimizer = kind(0.1, **more, **options)
+        for _ in range(3):
+            optimizer.apply([tg.constant(g) for g in gradients], variables)
+        return [v.numpy() for v in variables]
+
+    want = train()
+    ran = []
+    rule = getattr(optimizers, f"{name.lower()}_update")
+    with kernels_run(monkeypatch):
+        for update in (rule, optimizers.gradient_factor):
+
+            def noted(*arrays, kernel=update.kernel, label=update.name, **params):
+                ran.append((label, kernel(*arrays, **params)))
+                return ran[-1][1]
+
+            monkeypatch.setattr(update, "kernel", noted)
+        got = train()
+    assert ran.count(("gradient_factor", True)) == 3
+    assert ran.count((rule.name, True)) == 3 * 2  # for each type
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_gather_with_the_kernel(monkeypatch):

@@ -1011,3 +1011,109 @@ def test_slots_that_are_not_there():
 def test_an_unknown_attribute():
     with pytest.raises(AttributeError, match="SGD has no attribute 'beta_1'"):
         _ = optimizers.SGD().beta_1
+
+
+# ---- the norm of all gradients, and gradients of a scaled loss
+
+CLIPPED = {
+    "sgd": lambda **options: optimizers.SGD(0.1, **options),
+    "nesterov": lambda **options: optimizers.SGD(0.1, momentum=0.9, nesterov=True, **options),
+    "adagrad": lambda **options: optimizers.Adagrad(0.1, **options),
+    "rmsprop": lambda **options: optimizers.RMSprop(0.1, **options),
+    "adam": lambda **options: optimizers.Adam(0.1, **options),
+    "adamw": lambda **options: optimizers.AdamW(0.1, **options),
+}
+CLIPPED_SHAPES = [((3, 4), "f4"), ((5,), "f8"), ((), "f4"), ((70_000,), "f4")]
+
+
+def drawn_gradients(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=s) * scale).astype(dtype) for s, dtype in CLIPPED_SHAPES]
+
+
+def clipped(gradients, limit, scale):
+    """By the definition: divided by the scale, then all by norm / limit if that is above 1."""
+    gradients = [None if g is None else g.astype("f8") / scale for g in gradients]
+    norm = np.sqrt(sum((g**2).sum() for g in gradients if g is not None))
+    return [None if g is None else g / max(1.0, norm / limit) for g in gradients]
+
+
+def after_steps(optimizer, steps, compile=False):
+    variables = [tg.Variable(np.ones(shape, dtype)) for shape, dtype in CLIPPED_SHAPES]
+
+    def step(*gradients):
+        optimizer.apply(list(gradients), variables)
+
+    run = tg.function(step) if compile else step
+    for gradients in steps:
+        run(*[g if g is None else tg.constant(g) for g in gradients])
+    return [v.numpy() for v in variables]
+
+
+def assert_nearly(got, want):
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5 if a.dtype == "f4" else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize(("limit", "scale"), [(1.0, None), (None, 8.0), (0.5, 8.0), (1e9, 2.0)])
+@pytest.mark.parametrize("compile", [False, True])
+def test_clipped_and_scaled(name, limit, scale, compile):
+    steps = [drawn_gradients(seed, 10.0**seed) for seed in range(4)]
+    options = {"global_clipnorm": limit, "loss_scale_factor": scale}
+    by_hand = [clipped(g, limit or np.inf, scale or 1.0) for g in steps]
+    by_hand = [
+        [g.astype(d) for g, (_, d) in zip(gs, CLIPPED_SHAPES, strict=True)] for gs in by_hand
+    ]
+    got = after_steps(CLIPPED[name](**options), steps, compile)
+    assert_nearly(got, after_steps(CLIPPED[name](), by_hand))
+
+
+def test_only_the_gradients_that_there_are_count():
+    steps = [[None, *drawn_gradients(0)[1:3], None]]
+    want = [g if g is None else np.asarray(g, CLIPPED_SHAPES[i][1])
+            for i, g in enumerate(clipped(steps[0], 0.5, 1.0))]  # fmt: skip
+    with pytest.warns(tg.TapeWarning):
+        got = after_steps(optimizers.SGD(0.1, global_clipnorm=0.5), steps)
+    with pytest.warns(tg.TapeWarning):
+        assert_nearly(got, after_steps(optimizers.SGD(0.1), [want]))
+
+
+def test_the_limit_and_the_scale_may_change():
+    optimizer = optimizers.SGD(1.0, global_clipnorm=1.0, loss_scale_factor=1.0)
+    v = tg.Variable([0.0, 0.0])
+    step = tg.function(lambda g: optimizer.apply([g], [v]))
+    for limit, scale, moved in [(1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (2.5, 1.0, 2.5), (9.0, 5.0, 1.0)]:
+        optimizer.global_clipnorm = limit
+        optimizer.loss_scale_factor = scale
+        v.assign([0.0, 0.0])
+        step(tg.constant([3.0, 4.0]))
+        np.testing.assert_allclose(v.numpy(), [-0.6 * moved, -0.8 * moved], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_shows(value):
+    """limit / infinity is 0: the other variables would stand still, and nobody would know why."""
+    v, w = tg.Variable([1.0]), tg.Variable([1.0, 1.0])
+    optimizer = optimizers.SGD(0.1, global_clipnorm=1.0)
+    optimizer.apply([tg.constant([value]), tg.constant([1.0, 1.0])], [v, w])
+    assert np.isnan(v.numpy()).all()
+    assert np.isnan(w.numpy()).all()
+
+
+def test_norms_that_a_square_in_float32_would_not_hold():
+    for size in (1e30, 1e-30):
+        v = tg.Variable(np.zeros(2, "f4"))
+        g = tg.constant(np.array([3 * size, 4 * size], "f4"))
+        optimizers.SGD(1.0, global_clipnorm=size).apply([g], [v])
+        np.testing.assert_allclose(v.numpy() / size, [-0.6, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["global_clipnorm", "loss_scale_factor"])
+def test_wrong_limits_and_scales(name):
+    for value in (0, -1.0, np.nan):
+        with pytest.raises(ValueError, match=f"SGD: {name} must be above 0, got"):
+            optimizers.SGD(**{name: value})
+    with pytest.raises(AttributeError, match=f"SGD was made without {name}"):
+        setattr(optimizers.SGD(), name, 1.0)
+    assert float(getattr(optimizers.Adam(**{name: 2.0}), name)) == 2.0

@@ -984,6 +984,8 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     update = step.primitive
     assert isinstance(update, FlatUpdate)
     g, *settings = step.inputs
+    if len(settings) > update.settings:  # the gradient has a factor
+        return False
     dtype = step.writes[0].dtype
     places = [*(Place("static", v.shape, dtype, array=v._array) for v in step.writes), b.of(g)]
     if places[-1].kind != "static":

@@ -1,9 +1,11 @@
-"""Shorthands: primitives that save eager calls, and in programs are what they stand for."""
+"""Shorthands: primitives that save calls or launches, and in programs are what they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from tapegrad._backend import Module
 from tapegrad._function.program import Step, Value
@@ -19,6 +21,8 @@ def written_out(xp: Module, steps: Sequence[Step]) -> list[Step]:
     found: list[Step] = []
     for step in steps:
         write_out = _SHORTHANDS.get(step.name)
+        if write_out is None and xp is np:
+            write_out = _ON_HOST.get(step.name)
         if write_out is None:
             found.append(step)
         else:
@@ -84,8 +88,25 @@ def _mean_label_cross_entropy_with_grad(w: _Writer) -> None:
     w.add("scale", (share, unscaled), gradient)
 
 
+def _dropout(w: _Writer) -> None:
+    x, counter, key = w.step.inputs
+    y, factors = w.step.outputs
+    kept = 1.0 - w.step.params["rate"]
+    count = -(-x.size // 2)
+    bits = Value("result", (count,), np.dtype(np.uint64))
+    mask = Value("result", x.shape, np.dtype(np.bool_))
+    floating = w.new(*x.shape)
+    w.add("random_bits", (counter, key), bits, count=count)
+    w.add("random_mask", (bits,), mask, shape=x.shape, threshold=round(kept * 2**32))
+    w.add("cast", (mask,), floating, dtype=x.dtype)
+    w.add("divide", (floating, kept), factors)
+    w.add("multiply", (x, factors), y)
+
+
 _SHORTHANDS: dict[str, Callable[[_Writer], None]] = {
     "matmul_nt": _matmul_nt,
     "matmul_tn": _matmul_tn,
     "mean_label_cross_entropy_with_grad": _mean_label_cross_entropy_with_grad,
 }
+# On a GPU one kernel does it; a CPU does its parts block by block, in planned memory.
+_ON_HOST: dict[str, Callable[[_Writer], None]] = {"dropout": _dropout}

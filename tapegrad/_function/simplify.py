@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from tapegrad._function import algebra, layout, patterns
+from tapegrad._function import algebra, chains, layout, patterns
 from tapegrad._function.program import Program
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
 
 # Patterns first: they are of the steps that a tape records, as it records them.
-TABLE: dict[str, Rewrite] = {**patterns.REWRITES, **algebra.REWRITES, "layout": layout.REWRITE}
+TABLE: dict[str, Rewrite] = {
+    **patterns.REWRITES,
+    **algebra.REWRITES,
+    **chains.REWRITES,
+    "layout": layout.REWRITE,
+}
 ENABLED: set[str] = set(TABLE)  # the names of those that are done: all, but for tests
 
 

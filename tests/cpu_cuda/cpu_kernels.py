@@ -16,14 +16,29 @@ from tapegrad.kernels import _build
 
 # Made once for each setting, so that a kernel built in one test is found again in the next.
 @functools.cache
-def _builder(mode: str, order: int, change: tuple[str, str] | None) -> Callable[..., RawModule]:
-    def build(*, code: str, **arguments: Any) -> RawModule:
-        if change:
-            assert code.count(change[0]) == 1, f"{change[0]!r} is not once in the source"
-            code = code.replace(*change)
-        return RawModule(code, mode=mode, order=order, **arguments)
+def _builder(mode: str, order: int, change: tuple[str, str] | None) -> Callable[..., Any]:
+    def build(*, code: str, **arguments: Any) -> RawModule | _OneByOne:
+        if change is None:
+            return RawModule(code, mode=mode, order=order, **arguments)
+        assert code.count(change[0]) == 1, f"{change[0]!r} is not once in the source"
+        return _OneByOne(code.replace(*change), mode=mode, order=order)
 
     return build
+
+
+class _OneByOne:
+    """A module that builds a kernel when it is first launched: a fault is found by one or two."""
+
+    def __init__(self, code: str, **options: Any) -> None:
+        self._module = functools.cache(
+            lambda name: RawModule(code, name_expressions=(name,), **options)
+        )
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self._module(name).get_function(name)(*arguments, **options)
+
+        return launch
 
 
 @contextmanager

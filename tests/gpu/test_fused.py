@@ -18,6 +18,7 @@ from tests.test_fused import (
     plain_label_loss,
     plain_linear_relu,
     plain_probability_loss,
+    plain_weighted_loss,
 )
 
 from .conftest import on_device
@@ -85,6 +86,12 @@ FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], 
         masked,
         (normal(33, 10),),
         {"label_cross_entropy_with_grad"},
+    ),
+    "labels weighted": (
+        lambda x, w: label_loss(x, class_weights=w, label_smoothing=0.1),
+        lambda x, w: plain_weighted_loss(x, w, LABELS, 0.1),
+        (normal(33, 10), np.linspace(0.0, 2.0, 10)),
+        {"weighted_label_cross_entropy_with_grad"},
     ),
     "probabilities": (
         lambda x, q: tg.nn.softmax_cross_entropy(x, q, reduction="none"),
@@ -174,6 +181,17 @@ def test_a_wrong_label_is_nan_and_has_no_gradient(without_kernels: Callable[...,
         np.testing.assert_array_equal(np.isnan(losses), [False, True, True])
         assert (gradient[0] != 0).all()
         np.testing.assert_array_equal(gradient[1:], 0)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_wrong_label_is_an_error_in_debug_mode(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch, without_kernels: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(type(tg.config), "debug", True)
+    run = lambda: tg.nn.softmax_cross_entropy(normal(2, 4, dtype="float32"), [0, 4])
+    with pytest.raises(ValueError, match="labels must be from 0 to 3, got 4"):
+        run() if kernels else without_kernels(run)
+    tg.nn.softmax_cross_entropy(normal(2, 4, dtype="float32"), [0, 3])
 
 
 def test_nan_stays_nan() -> None:

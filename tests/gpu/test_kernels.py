@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from tapegrad.kernels import (
     scatter_add,
     softmax_cross_entropy,
 )
+from tests.kernels import test_dropout as dropout_meaning
 from tests.kernels import test_linear_relu as linear_meanings
 from tests.kernels import test_optimizers as optimizer_meanings
 from tests.kernels import test_softmax_cross_entropy as loss_meanings
@@ -81,7 +83,7 @@ def test_linear_relu(cupy: ModuleType, shape: tuple[int, int], dtype: Any) -> No
         np.testing.assert_array_equal(array, want.astype(dtype), strict=True)
 
 
-@pytest.mark.parametrize("classes", [1, 10, 33, 257, 1000, 1025, 1032, 8200, 50257])
+@pytest.mark.parametrize("classes", [1, 10, 33, 96, 257, 1000, 1025, 1032, 8200, 50257])
 @DTYPES
 def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
     rows = 37
@@ -89,16 +91,17 @@ def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
     labels = np.random.default_rng(2).integers(0, classes, rows)
     labels[1], labels[2] = -100, classes  # ignored; no class
     q = loss_meanings.probabilities_of(rows, classes, dtype)
-    for smoothing in (0.0, 0.1):
+    weights = np.linspace(0, 1.5, classes).astype(dtype)
+    for smoothing, kind, weighted in itertools.product((0.0, 0.1), ("i4", "i8"), (False, True)):
         options = {"label_smoothing": smoothing, "ignore_label": -100}
-        want = loss_meanings.label_meaning(x, labels, smoothing, -100)
-        for kind in ("i4", "i8"):
-            arrays = on_device(x), on_device(labels.astype(kind))
-            module = softmax_cross_entropy
-            got = host(module.softmax_cross_entropy_with_grad(cupy, *arrays, **options))
-            loss_meanings.check(got, want, dtype)
-            loss = host(module.softmax_cross_entropy(cupy, *arrays, **options))
-            np.testing.assert_array_equal(loss[0].astype("f8"), got[0].astype("f8"))
+        given = [weights] if weighted else []
+        want = loss_meanings.label_meaning(x, labels, smoothing, -100, *given)
+        arrays = [on_device(a) for a in (x, labels.astype(kind), *given)]
+        module = softmax_cross_entropy
+        got = host(module.softmax_cross_entropy_with_grad(cupy, *arrays, **options))
+        loss_meanings.check(got, want, dtype)
+        loss = host(module.softmax_cross_entropy(cupy, *arrays, **options))
+        np.testing.assert_array_equal(loss[0].astype("f8"), got[0].astype("f8"))
     arrays = on_device(x), on_device(q)
     got = host(softmax_cross_entropy.probability_cross_entropy_with_grad(cupy, *arrays))
     loss_meanings.check(got, loss_meanings.probability_meaning(x, q), dtype)
@@ -120,6 +123,22 @@ def test_optimizers(cupy: ModuleType, name: str, dtype: str, aligned: bool, size
     optimizer_meanings.check(name, host(tuple(copies)), buffers, g)
 
 
+@pytest.mark.parametrize("sizes", [[1], [3, 257], [100_003, 5]])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_gradient_factor(cupy: ModuleType, dtype: str, sizes: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=n).astype(dtype) for n in sizes]
+    norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in gradients)) / 2.0
+    for place in (lambda g: g, misaligned):
+        factor, limit, scale = (on_device(np.array(x)) for x in (7.0, 0.5, 2.0))
+        arrays = [on_device(place(g)) for g in gradients]
+        assert optimizers.gradient_factor(cupy, factor, limit, scale, *arrays) is True
+        np.testing.assert_allclose(host(factor)[0], min(1, 0.5 / norm) / 2, rtol=1e-12)
+    p, g = on_device(np.zeros(9, dtype)), on_device(np.ones(9, dtype))
+    assert optimizers.sgd(cupy, p, g, on_device(np.array(1.0)), on_device(np.array(0.25))) is True
+    np.testing.assert_array_equal(host(p)[0], np.full(9, -0.25))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (33, 32, 1), (257, 8, 1000), (3000, 129, 9)], ids=str)
 @DTYPES
 def test_scatter_add(cupy: ModuleType, shape: tuple[int, int, int], dtype: Any) -> None:
@@ -139,6 +158,16 @@ def test_philox(cupy: ModuleType, count: int) -> None:
     (bits,) = host(random.philox_bits(cupy, on_device(counter), on_device(key), count=count))
     want = np.random.Philox(key=2**127 + 12345, counter=2**63 - 2).random_raw(count)
     np.testing.assert_array_equal(bits, want, strict=True)
+
+
+@pytest.mark.parametrize("size", [7, 8, 2049, 100_003])
+@DTYPES
+def test_dropout(cupy: ModuleType, size: int, dtype: Any) -> None:
+    state = on_device(np.array(dropout_meaning.COUNTER)), on_device(dropout_meaning.WORDS)
+    x = dropout_meaning.values(size, dtype)
+    for place in (lambda a: a, misaligned):
+        got = host(random.dropout(cupy, on_device(place(x)), *state, rate=0.3))
+        dropout_meaning.check(got, dropout_meaning.meaning(x, 0.3))
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])

@@ -1,7 +1,7 @@
 """Compile CUDA C++ to machine code with NVRTC, on a machine without driver or GPU.
 
-Needs the wheels cuda-bindings, nvidia-cuda-nvrtc, nvidia-cuda-runtime (headers) and
-nvidia-cuda-cuobjdump (registers and spills), all of CUDA 13.
+Needs the wheels cuda-bindings, nvidia-cuda-nvrtc and nvidia-cuda-runtime (headers), of CUDA 12
+(there their names end in -cu12) or 13.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ import functools
 import importlib.util
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpu_cuda import cached_file, write_cached
-
-ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100")
 
 
 def _installed(module: str) -> bool:
@@ -28,29 +24,54 @@ def _installed(module: str) -> bool:
         return False
 
 
+def _nvrtc() -> Any:
+    from cuda.bindings import nvrtc
+
+    return nvrtc
+
+
 @functools.cache
-def _root() -> Path | None:
-    """Return the folder that CUDA's wheels share."""
+def _version() -> tuple[int, int] | None:
+    """Return the version of the NVRTC that is used, if there is one."""
+    if not _installed("cuda.bindings.nvrtc"):
+        return None
+    try:
+        _, major, minor = _nvrtc().nvrtcVersion()
+    except Exception:  # the library is missing; which exception says so depends on the version
+        return None
+    return major, minor
+
+
+@functools.cache
+def _headers() -> Path | None:
+    """Return the folder of CUDA's headers that belong to the NVRTC."""
     found = importlib.util.find_spec("nvidia")
-    folders = [Path(p) / "cu13" for p in (found.submodule_search_locations or [])] if found else []
-    return next((folder for folder in folders if folder.is_dir()), None)
+    roots = [Path(p) for p in (found.submodule_search_locations or [])] if found else []
+    version = _version()
+    name = "cuda_runtime" if version is not None and version[0] < 13 else "cu13"
+    folders = [root / name / "include" for root in roots]
+    return next((folder for folder in folders if (folder / "cuda_fp16.h").exists()), None)
 
 
 def why_not() -> str | None:
     """Return what is missing for `resource_usage`, or None."""
-    root = _root()
-    wheels = {
-        "cuda-bindings": _installed("cuda.bindings.nvrtc"),
-        "nvidia-cuda-nvrtc": root is not None and any(root.glob("lib/libnvrtc.so*")),
-        "nvidia-cuda-runtime": root is not None and (root / "include" / "cuda_fp16.h").exists(),
-        "nvidia-cuda-cuobjdump": root is not None and (root / "bin" / "cuobjdump").exists(),
-    }
-    missing = [name for name, there in wheels.items() if not there]
-    return f"not installed, or not of CUDA 13: {', '.join(missing)}" if missing else None
+    if _version() is None:
+        return "not installed: cuda-bindings and nvidia-cuda-nvrtc"
+    return None if _headers() else "not installed: nvidia-cuda-runtime of NVRTC's CUDA version"
 
 
-def _compile(source: str, flags: Sequence[str], names: Sequence[str]) -> bytes:
-    from cuda.bindings import nvrtc
+def _architectures() -> tuple[str, ...]:
+    version = _version()
+    volta = ("sm_70",) if version is not None and version[0] < 13 else ()  # gone in CUDA 13
+    return *volta, "sm_75", "sm_80", "sm_89", "sm_90", "sm_100"
+
+
+ARCHITECTURES = _architectures()
+
+
+def _compile(source: str, flags: Sequence[str], names: Sequence[str]) -> str:
+    """Return what the compiler tells of the kernels."""
+    nvrtc = _nvrtc()
 
     def result(answer: tuple[Any, ...]) -> Any:
         error, *values = answer
@@ -62,49 +83,48 @@ def _compile(source: str, flags: Sequence[str], names: Sequence[str]) -> bytes:
     for name in names:
         result(nvrtc.nvrtcAddNameExpression(program, name.encode()))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * result(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(log.decode())
-    cubin: bytes = b" " * result(nvrtc.nvrtcGetCUBINSize(program))
-    nvrtc.nvrtcGetCUBIN(program, cubin)
+    log = b" " * result(nvrtc.nvrtcGetProgramLogSize(program))
+    nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(program)
-    return cubin
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(log.decode())
+    return log.decode()
+
+
+# What ptxas says of a kernel, over three lines.
+_NUMBERS = re.compile(
+    r"Function properties for (\w+)\n"
+    r".*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+    r".*?Used (\d+) registers([^\n]*)"
+)
+_SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def resource_usage(
     source: str, architecture: str, names: Sequence[str] = (), options: Sequence[str] = ()
 ) -> dict[str, dict[str, int]]:
-    """Return registers, stack, shared and local memory of each kernel, by its mangled name.
+    """Return registers, stack, spilled bytes and shared memory of each kernel, by mangled name.
 
-    A stack or local size that is not 0 means spilling. The answer is kept on disk.
+    The answer is kept on disk.
     """
-    from cuda.bindings import nvrtc
-
-    root = _root()
-    assert root is not None
     # what CuPy passes as well: denormals are zero, functions are the device's
     flags = [
-        *(f"-arch={architecture}", f"-I{root / 'include'}", "-ftz=true"),
+        *(f"-arch={architecture}", f"-I{_headers()}", "-ftz=true", "--ptxas-options=-v"),
         *("--device-as-default-execution-space", *options),
     ]
-    cached = cached_file(".json", (source, flags, names, nvrtc.nvrtcVersion()))
+    cached = cached_file(".json", (source, flags, names, _version()))
     if not cached.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(_compile(source, flags, names))
-            file.flush()
-            text = subprocess.run(
-                [root / "bin" / "cuobjdump", "--dump-resource-usage", file.name],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        number = r"(\d+)"
-        found = re.findall(
-            rf"Function (\S+):\s+REG:{number} STACK:{number} SHARED:{number} LOCAL:{number}", text
-        )
-        keys = ("registers", "stack", "shared", "local")
-        usage = {name: dict(zip(keys, map(int, rest), strict=True)) for name, *rest in found}
+        usage = {}
+        for name, stack, stores, loads, registers, rest in _NUMBERS.findall(
+            _compile(source, flags, names)
+        ):
+            shared = _SHARED.search(rest)
+            usage[name] = {
+                "registers": int(registers),
+                "stack": int(stack),
+                "spilled": int(stores) + int(loads),
+                "shared": int(shared[1]) if shared else 0,
+            }
         write_cached(cached, json.dumps(usage).encode())
     result: dict[str, dict[str, int]] = json.loads(cached.read_text())
     return result

@@ -86,30 +86,35 @@ def test_scatter_add():
         check_scatter_add()
 
 
-@pytest.mark.parametrize(
-    ("form", "columns", "threads", "lanes"),
-    [("short<float, 8>", 250, 128, [np.int32(32)]), ("long<float, 1>", 50001, 256, [])],
-)
-def test_cross_entropy(form, columns, threads, lanes):
+SHORT = ("short<float, 8, 1>", 250, 128, [np.int32(32)])
+LONG = ("long<float, 1>", 50001, 256, [])
+
+
+def check_cross_entropy(form, columns, threads, lanes):
     rows = PAST // columns + 2
     blocks = -(-rows // (threads // 32)) if lanes else rows
+    x, q, dx = (sparse(rows, columns) for _ in range(3))
+    loss, labels = sparse(rows), sparse(rows, dtype="i8")
+    x[-1, -1], q[-1, -1], labels[-1] = 3, 1, columns - 1
+    sizes = (np.int64(rows), np.int32(columns), *lanes)
+    log_sum = np.log(np.exp(3.0) + columns - 1)
+    smoothing = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1), None)
+    for target, extra in ((labels, smoothing), (q, ())):
+        kind = "probability" if target is q else "label"
+        name = f"tapegrad_{kind}_cross_entropy_{form}"
+        loss[-1] = dx[-1, -1] = 7
+        run_end(
+            *(softmax_cross_entropy, name, (blocks,), (threads,)),
+            *(x, target, loss, dx, *sizes, *extra),
+        )
+        np.testing.assert_allclose(loss[-1], log_sum - 3, 1e-5)
+        np.testing.assert_allclose(dx[-1, -1], np.exp(3 - log_sum) - 1, 1e-5)
+
+
+@pytest.mark.parametrize("case", [SHORT, LONG])
+def test_cross_entropy(case):
     with kernels_on_cpu():
-        x, q, dx = (sparse(rows, columns) for _ in range(3))
-        loss, labels = sparse(rows), sparse(rows, dtype="i8")
-        x[-1, -1], q[-1, -1], labels[-1] = 3, 1, columns - 1
-        sizes = (np.int64(rows), np.int32(columns), *lanes)
-        log_sum = np.log(np.exp(3.0) + columns - 1)
-        smoothing = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1))
-        for target, extra in ((labels, smoothing), (q, ())):
-            kind = "probability" if target is q else "label"
-            name = f"tapegrad_{kind}_cross_entropy_{form}"
-            loss[-1] = dx[-1, -1] = 7
-            run_end(
-                *(softmax_cross_entropy, name, (blocks,), (threads,)),
-                *(x, target, loss, dx, *sizes, *extra),
-            )
-            np.testing.assert_allclose(loss[-1], log_sum - 3, 1e-5)
-            np.testing.assert_allclose(dx[-1, -1], np.exp(3 - log_sum) - 1, 1e-5)
+        check_cross_entropy(*case)
 
 
 def check_sgd(width):
@@ -119,7 +124,7 @@ def check_sgd(width):
     grid = (-(-count // width // 256),)
     run_end(
         *(optimizers, f"tapegrad_sgd<float, {width}>", grid, (256,)),
-        *(p, g, np.int64(count), np.array(2.0)),
+        *(p, g, None, np.int64(count), np.array(2.0)),
     )
     assert p[-4] == -2  # in the last block's last pack; the tail of 3 is the first block's
 
@@ -141,9 +146,19 @@ def test_philox():
         np.testing.assert_array_equal(out[-6:], want)
 
 
+def check_long_cross_entropy():
+    check_cross_entropy(*LONG)
+
+
+def check_short_cross_entropy():
+    check_cross_entropy(*SHORT)
+
+
 @pytest.mark.parametrize(
     ("was", "now", "check"),
     [
+        ("xr = x + r * columns;", "xr = x + unsigned(r * columns);", check_long_cross_entropy),
+        ("load<N>(x + r * columns", "load<N>(x + unsigned(r * columns)", check_short_cross_entropy),
         ("load(const T *base, index_t pack)", "load(const T *base, unsigned pack)", check_sgd),
         ("out[row * columns + c]", "out[unsigned(row * columns + c)]", check_scatter_add),
         (

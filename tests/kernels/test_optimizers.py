@@ -126,6 +126,91 @@ def test_more_parameters_than_threads_in_a_launch(monkeypatch):
         check("adam", update("adam", buffers, g), buffers, g)
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_a_factor_multiplies_the_gradient(name, dtype):
+    _, launcher, _, _, keywords = RULES[name]
+    with kernels_on_cpu():
+        buffers, g = buffers_of(name, 37, dtype)
+        copies = [buffer.copy() for buffer in buffers]
+        arrays, _ = arguments_of(name)
+        assert launcher(np, *copies, g, *arrays, np.array(0.25), **keywords) is True
+        check(name, copies, buffers, g / 4)
+
+
+def check_factor(gradients, limit, scale):
+    """Compare with the definition; a number in the place of an array says that there is none."""
+    factor = np.array(7.0)
+    given = [x if type(x) is float else np.array(float(x)) for x in (limit, scale)]
+    assert optimizers.gradient_factor(np, factor, *given, *read_only(*gradients)) is True
+    norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in gradients)) / scale
+    want = min(1, limit / norm) / scale if norm else 1 / scale
+    np.testing.assert_allclose(factor, want, rtol=1e-13)
+
+
+# An int is made an array here; the floats are those that stand for nothing.
+LIMITS = [(1, 1.0), (3, 8), (1000, 8), (np.inf, 8), (np.inf, 1.0)]
+
+
+@pytest.mark.parametrize(("limit", "scale"), LIMITS)
+def test_gradient_factor(limit, scale):
+    rng = np.random.default_rng(0)
+    with kernels_on_cpu():
+        for sizes in ([1], [3, 257], [255, 256, 1024], [5003]):
+            for dtype in ("f4", "f8"):
+                check_factor([rng.normal(size=n).astype(dtype) for n in sizes], limit, scale)
+        check_factor([np.zeros(9, "f4"), misaligned(np.ones(9, "f8"))], limit, scale)
+        check_factor([np.zeros(9, "f4")], limit, scale)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_gradient_factor_under_sanitizers(mode):
+    with kernels_on_cpu(mode):
+        check_factor([np.ones(77, "f4"), misaligned(np.ones(9, "f4"))], 2, 8)
+
+
+def test_norms_beyond_the_gradients_type():
+    with kernels_on_cpu():
+        check_factor([np.full(9, 3e38, "f4"), np.full(9, 1e-30, "f4")], 1, 1.0)
+        check_factor([np.full(9, 1e-30, "f4")], np.float64(1e-31), 1.0)
+
+
+def test_more_gradients_than_threads_in_a_launch(monkeypatch):
+    monkeypatch.setattr(optimizers, "_NORM_BLOCKS", 2)
+    with kernels_on_cpu():
+        check_factor([np.ones(5003, "f4"), np.ones(7, "f4")], 1, 8)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_makes_the_factor_nan(value):
+    """limit / infinity would be a factor of 0: nothing would move, and nobody would know."""
+    factor, g = np.array(1.0), np.array([1, value, 2], "f4")
+    with kernels_on_cpu():
+        optimizers.gradient_factor(np, factor, np.array(1.0), 1.0, g)
+    assert np.isnan(factor)
+
+
+@pytest.mark.parametrize(
+    ("limit", "scale", "g"),
+    [
+        (2.0, 1.0, np.ones(3, "f4")),
+        (np.inf, 2.0, np.ones(3, "f4")),
+        (np.array(1.0, "f4"), 1.0, np.ones(3, "f4")),
+        (np.array(1.0), 1.0, np.ones(3, "f2")),
+        (np.array(1.0), 1.0, np.ones(6, "f4")[::2]),
+    ],
+)
+def test_gradient_factor_declines(limit, scale, g):
+    with kernels_on_cpu():
+        assert optimizers.gradient_factor(np, np.array(1.0), limit, scale, g) is None
+
+
+def test_a_factor_on_the_host_is_declined():
+    with kernels_on_cpu():
+        for factor in (0.5, np.float64(0.5), np.array(0.5, "f4")):
+            assert optimizers.sgd(np, P.copy(), P, RATE, factor) is None
+
+
 def first_move(name, dtype, step=1):
     """Return the move of parameters from 0, the slots being 0, and what it should be: a number in
     which an error is not hidden by the parameters' own size.
@@ -216,6 +301,9 @@ def test_declined_step(step):
         assert optimizers.adam(np, P, P, P, P, step, *[RATE] * 5) is None
 
 
+FOUND = r"race|AddressSanitizer|[Nn]ot equal"
+
+
 @pytest.mark.parametrize(
     ("mode", "was", "now"),
     [
@@ -229,6 +317,36 @@ def test_planted_faults_are_found(mode, was, now):
     buffers, g = buffers_of("adam", 9, "f4")
     with (
         kernels_on_cpu(mode, change=(was, now)),
-        pytest.raises((KernelError, AssertionError), match=r"race|AddressSanitizer|Not equal"),
+        pytest.raises((KernelError, AssertionError), match=FOUND),
     ):
         check("adam", update("adam", buffers, g, 1), buffers, g, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "was", "now"),
+    [
+        ("tsan", "    __syncthreads();\n", ""),
+        ("tsan", "return sums[threadIdx.x]", "return sums[0]"),
+        ("asan", "i < count / N; i += step", "i <= count / N; i += step"),
+        ("asan", "i < partials; i", "i <= partials; i"),
+        ("fast", "half > 0; half /= 2", "half > 1; half /= 2"),
+        ("fast", "sum += double(g[i]) * double(g[i]);", ";"),
+        ("fast", "* by + infinite", "* by"),
+    ],
+)
+def test_faults_planted_in_the_norm_are_found(mode, was, now):
+    g = buffers_of("adam", 9, "f4")[1]
+
+    def run_everything():
+        check_factor([g], 1, 2)
+        wrong = g.copy()
+        wrong[0] = np.inf
+        factor = np.array(1.0)
+        optimizers.gradient_factor(np, factor, np.array(1.0), 1.0, wrong)
+        np.testing.assert_equal(factor, np.array(np.nan))
+
+    with (
+        kernels_on_cpu(mode, change=(was, now)),
+        pytest.raises((KernelError, AssertionError), match=FOUND),
+    ):
+        run_everything()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -28,13 +30,14 @@ def probability_meaning(x, q):
         return loss, np.exp(log_softmax) * q.sum(1, keepdims=True) - q
 
 
-def label_meaning(x, labels, smoothing=0.0, ignore=None):
+def label_meaning(x, labels, smoothing=0.0, ignore=None, weights=None):
     """In float64: (loss, dlogits), by way of the probabilities that a label stands for."""
     classes = x.shape[1]
     is_class = (labels >= 0) & (labels < classes)
     safe = np.where(is_class, labels, 0)
     q = np.full(x.shape, smoothing / classes)
     q[np.arange(len(labels)), safe] += 1 - smoothing
+    q *= 1 if weights is None else weights.astype("f8")
     loss, dlogits = probability_meaning(x, q)
     ignored = labels == (-(2**63) if ignore is None else ignore)
     loss = np.where(ignored, 0, np.where(is_class, loss, np.nan))
@@ -77,14 +80,15 @@ def test_labels(classes, dtype):
     x = logits_of(rows, classes, dtype)
     labels = np.random.default_rng(2).integers(0, classes, rows)
     labels[1] = -100
-    read_only(x, labels)
+    weights = np.linspace(0, 1.5, classes).astype(dtype)
+    read_only(x, labels, weights)
     with kernels_on_cpu():
-        for smoothing in (0.0, 0.1):
+        for smoothing, w in itertools.product((0.0, 0.1), (None, weights)):
             options = {"label_smoothing": smoothing, "ignore_label": -100}
-            want = label_meaning(x, labels, smoothing, -100)
-            got = softmax_cross_entropy_with_grad(np, x, labels, **options)
+            want = label_meaning(x, labels, smoothing, -100, w)
+            got = softmax_cross_entropy_with_grad(np, x, labels, w, **options)
             check(got, want, dtype)
-            loss = softmax_cross_entropy(np, x, labels.astype("i4"), **options)
+            loss = softmax_cross_entropy(np, x, labels.astype("i4"), w, **options)
             np.testing.assert_array_equal(loss, got[0])
 
 
@@ -129,19 +133,21 @@ def test_more_rows_than_blocks_in_a_launch(monkeypatch):
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_under_sanitizers(mode):
     with kernels_on_cpu(mode):
-        for rows, classes in [(3, 10), (2, 257), (2, 1025), (1, 1028)]:
+        for rows, classes in [(3, 10), (3, 12), (2, 257), (2, 1025), (1, 1028)]:
             x = logits_of(rows, classes, "f4")
             labels, q = np.full(rows, classes - 1), probabilities_of(rows, classes, "f4")
+            weights = np.linspace(0, 1.5, classes).astype("f4")
             got = softmax_cross_entropy_with_grad(
-                np, *read_only(x, labels), label_smoothing=0.1, ignore_label=None
+                np, *read_only(x, labels, weights), label_smoothing=0.1, ignore_label=None
             )
-            check(got, label_meaning(x, labels, 0.1), "f4")
+            check(got, label_meaning(x, labels, 0.1, weights=weights), "f4")
             got = probability_cross_entropy_with_grad(np, *read_only(x, q))
             check(got, probability_meaning(x, q), "f4")
 
 
-def test_misaligned_rows_take_the_scalar_path():
-    x, q = logits_of(2, 1028, "f4"), probabilities_of(2, 1028, "f4")
+@pytest.mark.parametrize("classes", [12, 300, 1028])
+def test_misaligned_rows_take_the_scalar_path(classes):
+    x, q = logits_of(2, classes, "f4"), probabilities_of(2, classes, "f4")
     with kernels_on_cpu("asan"):
         check(
             probability_cross_entropy_with_grad(np, misaligned(x), misaligned(q)),
@@ -273,6 +279,13 @@ def test_labels_decline(x, labels):
             assert function(np, x, labels, label_smoothing=0.0, ignore_label=None) is None
 
 
+@pytest.mark.parametrize("weights", [X[0].astype("f8"), X[0, :5], X[0, ::2], X])
+def test_class_weights_decline(weights):
+    with kernels_on_cpu():
+        options = {"label_smoothing": 0.0, "ignore_label": None}
+        assert softmax_cross_entropy(np, X, LABELS, weights, **options) is None
+
+
 @pytest.mark.parametrize(
     ("x", "q"),
     [
@@ -305,7 +318,8 @@ def test_too_many_columns_decline(monkeypatch):
         ("tsan", "masses[warp] = mass;\n    __syncthreads();", "masses[warp] = mass;"),
         ("tsan", "    __syncthreads();  // before the next row", "    // before the next row"),
         ("tsan", "costs[warp] = cost;\n      __syncthreads();", "costs[warp] = cost;"),
-        ("asan", "if (c >= width) continue;\n      v[i]", "if (c > width) continue;\n      v[i]"),
+        ("asan", "packs = r < rows ? columns / N : 0;", "packs = columns / N + 1;"),
+        ("asan", "if (counts && class_weights &&", "if (class_weights &&"),
         ("asan", "label >= 0 && label < columns", "label >= 0 && label <= columns"),
         ("asan", "const int packs = columns / N;", "const int packs = columns / N + 1;"),
     ],
@@ -314,6 +328,9 @@ def test_planted_faults_are_found(mode, was, now, monkeypatch):
     monkeypatch.setattr(module, "MAX_BLOCKS", 1)  # so that a block takes both rows
 
     def run_everything():
+        x, weights = logits_of(3, 12, "f4"), np.ones(12, "f4")
+        options = {"label_smoothing": 0.0, "ignore_label": 5}
+        softmax_cross_entropy_with_grad(np, x, np.array([5, 1, 12]), weights, **options)
         for x, label in [(logits_of(2, 1025, "f4"), 1025), (logits_of(1, 10, "f4"), 10)]:
             labels = np.full(len(x), label)
             softmax_cross_entropy_with_grad(np, x, labels, label_smoothing=0.0, ignore_label=None)

@@ -1,0 +1,59 @@
+"""Compiled chains of elementwise operations on the device, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need ml_dtypes")
+
+import tapegrad as tg
+from tapegrad.kernels import chains
+from tests.kernels import test_chains as meanings
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[chains.Chain]:
+    """The chains whose kernels ran."""
+    found: list[chains.Chain] = []
+    run = chains.run
+
+    def noting(chain: chains.Chain, *arguments: Any) -> Any:
+        answer = run(chain, *arguments)
+        assert answer is not None, "the kernel declined"
+        found.append(chain)
+        return answer
+
+    monkeypatch.setattr(chains, "run", noting)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (257, 33), (4096, 132)], ids=str)
+@pytest.mark.parametrize("name", meanings.NAMES)
+def test_activations(name: str, shape: tuple[int, int], launched: list[chains.Chain]) -> None:
+    """Forward, backward and the bias's gradient; the last shape has several blocks a column."""
+    step, arrays = meanings.layer(meanings.ELEMENTWISE[name]), meanings.arrays_of(*shape)
+    got, names = meanings.compiled(step, *arrays)
+    assert "chain" in names
+    assert any(chain.sums for chain in launched)
+    meanings.check(got, meanings.in_float64(step, *arrays), units=256)
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f2"])
+def test_other_types(dtype: str, launched: list[chains.Chain]) -> None:
+    f = lambda x, b: (tg.tanh(x + b) * 0.5 + tg.exp(-tg.square(x)),)
+    arrays = [meanings.normal(*shape, dtype=dtype) for shape in ((33, 40), (40,))]
+    got, names = meanings.compiled(f, *arrays)
+    assert names == ["chain"]
+    assert launched
+    meanings.check(got, meanings.in_float64(f, *arrays))
+
+
+def test_what_is_not_contiguous_runs_step_by_step() -> None:
+    f = lambda x: (tg.exp(tg.transpose(x)) * 2.0 + 1.0,)
+    x = meanings.normal(33, 50)
+    got, names = meanings.compiled(f, x)
+    assert names == ["permute", "chain"]
+    meanings.check(got, [np.exp(x.T.astype("f8")) * 2 + 1])
