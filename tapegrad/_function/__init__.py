@@ -2,19 +2,22 @@
 
 recording   listens to one call of a function, and writes down every primitive.
 program     what it wrote: the list of steps. The only intermediate representation there is.
-shorthands  primitives that save eager calls, written out.
+shorthands  primitives that save calls or launches, written out.
 rewrites    the same values by fewer or better steps: nothing twice, nothing in vain, writes last.
 simplify    the table of rewrites that can be switched off, in their order:
 patterns    what people write by hand, found and replaced by the fused primitives;
 algebra     small identities;
+chains      on a GPU, elementwise steps gathered into one kernel each;
 layout      how values of small networks are stored.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
+blocks      runs of elementwise calls on large arrays, block by block over threads.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
 lease       results in the program's own memory, for who asks for it.
 schedule    on a GPU: the order of a program's steps on two branches, and who waits for whom.
 device      their launching, one by one or as a CUDA graph.
 graphs      the capture of CUDA graphs, and their memory.
+checking    a function and its replay, run from the same state and compared.
 dispatch    signatures, programs, when to record and when to replay.
 """
 
