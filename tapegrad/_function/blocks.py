@@ -28,17 +28,24 @@ class _Operand(NamedTuple):
 
 
 class Run:
-    """Elementwise calls on arrays of the same rows, made for one block of rows after the other."""
+    """Elementwise calls on arrays of the same rows, made for one block of rows after the other.
+
+    calls    functions with their operands, of which the last is written.
+    sums     matrices whose rows are summed on the way, where the sums go, and their types.
+    scratch  shapes of rows, and types, of what only the calls themselves need.
+    """
 
     __name__ = "run"
 
     def __init__(
         self,
         calls: Sequence[tuple[Callable[..., Any], list[_Operand]]],
+        sums: Sequence[tuple[_Operand, _Operand, Any]],
         shape: tuple[int, ...],
         scratch: Sequence[tuple[tuple[int, ...], Any]],
     ) -> None:
         self._calls = calls
+        self._sums = sums
         self._rows = shape[0]
         size = int(np.prod(shape))
         self._size = size
@@ -47,24 +54,35 @@ class Run:
             [np.empty((min(self._block, self._rows), *tail), dtype) for tail, dtype in scratch]
             for _ in range(lanes(size))
         ]
+        self._ones = [np.ones(self._block, dtype) for _, _, dtype in sums]
+        # For each lane, the sum of one block, and of all of them.
+        self._partial = [np.empty((lanes(size), 2, *shape[1:]), dtype) for _, _, dtype in sums]
 
     def __call__(self, *arrays: Array) -> None:
-        calls, scratch = self._calls, self._scratch
+        calls, scratch, sums = self._calls, self._scratch, self._sums
+
+        def taken(operand: _Operand, s: slice, lane: int) -> Array:
+            array, local, spare, rows = operand
+            if spare >= 0:
+                part = scratch[lane][spare][: s.stop - s.start]
+                return part if array is None else part.view(array)
+            whole = arrays[local] if local >= 0 else array
+            return whole[s] if rows else whole
 
         def work(s: slice, lane: int) -> None:
-            count = s.stop - s.start
             for function, operands in calls:
-                given = []
-                for array, local, spare, rows in operands:
-                    if spare >= 0:
-                        part = scratch[lane][spare][:count]
-                        given.append(part if array is None else part.view(array))
-                    else:
-                        whole = arrays[local] if local >= 0 else array
-                        given.append(whole[s] if rows else whole)
-                function(*given[:-1], out=given[-1])
+                *given, out = [taken(operand, s, lane) for operand in operands]
+                function(*given, out=out)
+            for (x, _, _), ones, partial in zip(sums, self._ones, self._partial, strict=True):
+                one, total = partial[lane]
+                ones[: s.stop - s.start].dot(taken(x, s, lane), one)
+                np.add(total, one, total)
 
+        for partial in self._partial:
+            partial[:, 1] = 0
         for_rows(self._rows, self._block, self._size, work)
+        for (_, out, _), partial in zip(sums, self._partial, strict=True):
+            partial[:, 1].sum(0, out=taken(out, slice(0), 0))
 
 
 def in_blocks(lowered: Lowering) -> None:
@@ -87,7 +105,7 @@ def in_blocks(lowered: Lowering) -> None:
             shape is not None
             and end < len(lines)
             and (end == start or end != lowered.writes_from)
-            and (_shape(lines[end]) == shape or _makes_array(lines[end]))
+            and _joins(lines[end], lines[start:end], shape)
         ):
             end += 1
         if shape is not None and (end - start > 1 or lanes(int(np.prod(shape))) > 1):
@@ -102,6 +120,19 @@ def in_blocks(lowered: Lowering) -> None:
     if lowered.writes_from >= len(lines):
         writes_from = len(kept)
     lowered.lines, lowered.writes_from = kept, writes_from
+
+
+def _joins(line: Line, before: Sequence[Line], shape: tuple[int, ...]) -> bool:
+    """Tell whether a line can be part of the run of the lines before it, of arrays of a shape."""
+    if _makes_array(line):
+        return True
+    if line.sums_rows:
+        matrix = line.operands[1]
+        return matrix.shape == shape and _by_rows(matrix)
+    if _shape(line) != shape:
+        return False
+    sums = {call.operands[-1].root for call in before if call.sums_rows}  # known at the end only
+    return not any(place.root in sums for place in line.operands)
 
 
 def _makes_array(line: Line) -> bool:
@@ -143,7 +174,7 @@ def _run(
     number: dict[Place, int] = {}
     locals_: list[Place] = []
     arrays: list[Place] = []
-    calls: list[tuple[str, list[tuple[Place, bool]]]] = []
+    calls: list[tuple[str | None, list[tuple[Place, bool]]]] = []
     for line in lines:
         operands = []
         for place in line.operands:
@@ -160,11 +191,12 @@ def _run(
             else:
                 arrays.append(place)
             operands.append((place, rows))
-        calls.append((str(line.ufunc), operands))
+        calls.append((line.ufunc, operands[1:] if line.sums_rows else operands))
 
     def make() -> Run:
         """Build the run once the arena has its memory."""
-        bound = []
+        bound: list[tuple[Callable[..., Any], list[_Operand]]] = []
+        sums: list[tuple[_Operand, _Operand, Any]] = []
         for name, operands in calls:
             given = []
             for place, rows in operands:
@@ -174,8 +206,11 @@ def _run(
                     given.append(_Operand(None, locals_.index(place), -1, rows))
                 else:
                     given.append(_Operand(place.bind(), -1, -1, rows))
-            bound.append((getattr(np, name), given))
-        return Run(bound, shape, scratch)
+            if name is None:
+                sums.append((given[0], given[1], operands[0][0].dtype))
+            else:
+                bound.append((getattr(np, name), given))
+        return Run(bound, sums, shape, scratch)
 
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
     line.make = make

@@ -116,12 +116,13 @@ _NOBODY = 2  # references that sys.getrefcount counts: the list's, and its own a
 class Line:
     """One line of the program's text: a format, and the places and objects that it names."""
 
-    __slots__ = ("make", "operands", "text", "ufunc")
+    __slots__ = ("make", "operands", "sums_rows", "text", "ufunc")
 
     def __init__(self, text: str, operands: Sequence[Any], ufunc: str | None = None) -> None:
         self.text = text
         self.operands = tuple(operands)
         self.ufunc = ufunc  # the elementwise function, if it is one: its last operand is written
+        self.sums_rows = False  # whether it is a product of ones and a matrix, in any order
         self.make: Callable[[], Any] | None = None  # makes the first operand, once memory is there
 
 

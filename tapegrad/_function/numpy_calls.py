@@ -604,6 +604,7 @@ def _sum_rows(b: Lowering, step: Step, x: Place, position: int) -> bool:
     out = b.out(step, position=position)
     if y.shape == x.shape[1:]:
         b.call("dot", ones, x, out)
+        b.lines[-1].sums_rows = b.layout.active
     else:
         b.line("dot({}, {}, {}.reshape({}))", ones, x, out, x.shape[1:])
     return True

@@ -40,6 +40,54 @@ def test_random_programs(seed, everything_is_large):
         compare(seed, 8, None)
 
 
+@pytest.mark.parametrize("seed", range(525, 545))
+def test_random_programs_rewritten(seed, everything_is_large):
+    compare(seed, 5, 1e-9, "f8")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("special", [0.0, np.nan, -np.inf])
+def test_cross_entropy_by_rows(reduction, special, everything_is_large):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(25, 3)) * 5.0
+    logits[7] = special
+    x, labels = tg.Variable(logits), tg.constant(rng.integers(0, 3, 25))
+
+    def step(labels):
+        with tg.GradientTape() as tape:
+            loss = tg.nn.softmax_cross_entropy(x, labels, reduction=reduction)
+        return loss, tape.gradient(loss, x)
+
+    f = tg.function(step)
+    with np.errstate(all="ignore"):
+        want = step(labels)
+        for _ in range(4):
+            assert_same(f(labels), want, rtol=1e-14)
+    assert "softmax_cross_entropy" in f.explain_program()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7, 24, 25])
+def test_rows_are_summed_on_the_way(rows, everything_is_large):
+    """Of two biases in one run; of what is used otherwise, before and after."""
+    rng = np.random.default_rng(rows)
+    x, g = tg.Variable(rng.normal(size=(rows, 4))), tg.constant(rng.normal(size=(rows, 4)))
+    b, c = tg.Variable(rng.normal(size=4)), tg.Variable(rng.normal(size=4))
+
+    def step(g):
+        with tg.GradientTape() as tape:
+            y, z = tg.nn.relu(x + b), tg.nn.relu(c - x)
+        of_x, of_b, of_c = tape.gradient([y, z], [x, b, c], output_gradients=[g, g])
+        return y, z, of_x, of_b, of_c, of_x - of_b, tg.exp(of_c)
+
+    f = tg.function(step)
+    want = step(g)
+    for _ in range(5):
+        assert_same(f(g), want, rtol=1e-14)
+    text = f.explain_program()
+    assert "run" in text
+    assert "dot" not in text
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_special_rows(kind, everything_is_large):
     test_operations.test_special_rows(kind)
