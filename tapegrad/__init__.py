@@ -7,6 +7,7 @@ import numpy as _np
 from tapegrad import data, initializers, layers, losses, metrics, nn, optimizers, random, testing
 from tapegrad._backend import backend, get_backend, set_backend
 from tapegrad._function import function
+from tapegrad._host_memory import keep_freed_memory as _keep_freed_memory
 from tapegrad._recording import no_record
 from tapegrad._tape_arguments import UnconnectedGradients
 from tapegrad.config import config
@@ -157,8 +158,9 @@ from tapegrad.variable import Variable
 
 __version__ = "0.1.0"
 
-newaxis = None
+_keep_freed_memory()
 
+newaxis = None
 
 # The types of elements, as NumPy names them.
 bool = _np.dtype("bool")
