@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 # mallopt's parameters and their numbers in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -22,8 +23,27 @@ def keep_freed_memory() -> bool:
         name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     ):
         return False
+    library = _glibc()
+    return library is not None and bool(
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST) and library.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    )
+
+
+def give_back_freed_memory() -> None:
+    """Give what is kept back to the system: before much is taken that would not come from there.
+
+    A compiled program's memory is one array. With the activations of the calls that were recorded
+    still kept beside it, 60 layers of 512 took 1.19 GB where they take 0.69.
+    """
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """Return the C library if it is glibc, which has both functions; else None."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        return library if library.mallopt and library.malloc_trim else None
     except (AttributeError, OSError, TypeError):  # another C library, or another system
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST) and mallopt(_M_TRIM_THRESHOLD, _KEPT))
+        return None

@@ -46,3 +46,36 @@ def test_freed_memory_is_used_again():
     assert faults("import tapegrad") < 50
     assert faults("import tapegrad", TAPEGRAD_KEEP_MEMORY="0") > 500
     assert faults("import tapegrad", MALLOC_TRIM_THRESHOLD_="131072") > 500  # what the user says
+
+
+ARENA = """
+import numpy as np
+import tapegrad as tg
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+@tg.function
+def step(x):
+    ys = [x * float(k) for k in range(40)]  # of 2 MiB, all of them alive at once
+    total = ys[0] * 0.0
+    for y in ys:
+        total = total + y * tg.tanh(y)
+    return tg.sum(total) + sum(tg.max(y) for y in ys)
+
+x = tg.constant(np.ones((512, 1024), np.float32))
+before = resident()
+step(x), step(x), step(x)
+print(resident() - before, step.programs[0].arena)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_what_is_kept_goes_back_before_a_program_takes_its_memory():
+    answer = subprocess.run(
+        [sys.executable, "-c", ARENA], capture_output=True, text=True, check=True
+    )
+    more, arena = map(int, answer.stdout.split())
+    assert arena > 1 << 24
+    assert more < 1.5 * arena

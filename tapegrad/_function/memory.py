@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from tapegrad._function.lowering import Line, Place
+from tapegrad._host_memory import give_back_freed_memory
 
+_LARGE = 1 << 24  # bytes of an arena for which it pays to look at the heap, some milliseconds
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
@@ -59,6 +61,8 @@ def _note(place: Place, position: int, first: dict[Place, int], last: dict[Place
 
 def allocate(lines: list[Line], size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """Make the arena, and give every arena place its array in it."""
+    if size >= _LARGE:
+        give_back_freed_memory()
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     skip = -memory.ctypes.data % _ALIGNMENT
     arena = memory[skip : skip + size]
