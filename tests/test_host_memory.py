@@ -56,17 +56,23 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
+vs = [tg.Variable(np.full((512, 512), 0.01, np.float32)) for _ in range(12)]
+
 @tg.function
 def step(x):
-    ys = [x * float(k) for k in range(40)]  # of 2 MiB, all of them alive at once
-    total = ys[0] * 0.0
-    for y in ys:
-        total = total + y * tg.tanh(y)
-    return tg.sum(total) + sum(tg.max(y) for y in ys)
+    with tg.GradientTape() as tape:
+        h = x
+        for v in vs:
+            h = tg.tanh(tg.matmul(h, v)) * 0.5 + h  # arrays of 4 MiB
+        loss = tg.sum(h * h)
+    for v, g in zip(vs, tape.gradient(loss, vs)):
+        v.assign_sub(g * 1e-6)
+    return loss
 
-x = tg.constant(np.ones((512, 1024), np.float32))
+x = tg.constant(np.ones((2048, 512), np.float32))
 before = resident()
-step(x), step(x), step(x)
+for _ in range(3):
+    step(x)
 print(resident() - before, step.programs[0].arena)
 """
 
