@@ -205,7 +205,8 @@ def _lines(axis: Any, lines: dict[str, list[tuple[float, float]]], *, with_expon
     sizes = sorted({x for points in lines.values() for x, _ in points})
     axis.xaxis.set_major_locator(FixedLocator(sizes))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.tick_params(axis="x", labelsize=8)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, "s")))
     axis.grid(color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -241,6 +242,13 @@ def _end_labels(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
+def _short(size: float) -> str:
+    """Return a size in so few letters that two neighbours do not touch."""
+    if size >= 1e6:
+        return f"{size / 1e6:g}M"
+    return f"{size / 1e3:g}k" if size >= 1e4 else f"{size:g}"
+
+
 def _roofline(cells: Sequence[Cell]) -> Any:
     """Draw what rate each case reaches under the ceilings of memory and arithmetic."""
     ceilings = Ceilings(cells)
@@ -268,6 +276,7 @@ def _roofline(cells: Sequence[Cell]) -> Any:
         ha="left",
     )
     shown: dict[str, str] = {}
+    named: dict[float, tuple[float, str]] = {}  # cases of one intensity share a place
     for case, row in by_case(work).items():
         x = row[0].flops / row[0].bytes
         rates = [(c.flops / c.median, c.column) for c in row if c.median]
@@ -285,9 +294,13 @@ def _roofline(cells: Sequence[Cell]) -> Any:
                 linestyle="",
                 zorder=3 if _strong(column) else 2,
             )
+        low_before, names = named.get(x, (math.inf, ""))
+        lowest = min(low_before, *[rate for rate, _ in rates])
+        named[x] = lowest, f"{names}\n{case}".strip()
+    for x, (lowest, names) in named.items():
         axis.annotate(
-            case,
-            (x, min(rate for rate, _ in rates)),
+            names,
+            (x, lowest),
             xytext=(0, -9),
             textcoords="offset points",
             rotation=90,
@@ -311,7 +324,7 @@ def _roofline(cells: Sequence[Cell]) -> Any:
     axis.set_yscale("log")
     axis.set_xlim(low, high)
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom / 30, top * 1.6)  # room for the names below
+    axis.set_ylim(bottom / 200, top * 1.6)  # room for the names below
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("operations per byte that must be moved")
