@@ -98,7 +98,12 @@ def _mask_forward(xp: Module, bits: Array, *, shape: tuple[int, ...], threshold:
 def _dropout_forward(
     xp: Module, x: Array, counter: Array, key: Array, *, rate: float
 ) -> tuple[Array, Array]:
-    bits = _bits.compute((counter, key), {"count": -(-x.size // 2)})  # by its kernel on a GPU
+    count = -(-x.size // 2)
+    bits = None
+    if _bits.kernel is not None and _backend.runs_kernels(xp):  # the meaning would ask the device
+        bits = _bits.kernel(xp, counter, key, count=count)
+    if bits is None:
+        bits = _bits_forward(xp, counter, key, count=count)
     kept = _mask_forward(xp, bits, shape=x.shape, threshold=_threshold(1.0 - rate))
     factors = kept.astype(x.dtype) / (1.0 - rate)
     return x * factors, factors
