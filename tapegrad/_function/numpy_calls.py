@@ -757,14 +757,20 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
         b.call("divide", p, top, p)
         b.line("one_less({}, {}, {})", p, index, picked)
     # A row of -inf alone, or one with a NaN: the meaning says what they give.
+    _by_meaning_if_nan(b, step, top, loss, p if with_grad else None)
+    return True
+
+
+def _by_meaning_if_nan(b: Lowering, step: Step, seen: Place, loss: Place, p: Place | None) -> None:
+    """Let a cross-entropy's meaning write its loss and its gradient where `seen` holds a NaN."""
+    x, t = map(b.of, step.inputs)
     meaning = b.meaning(step)
     if len(step.outputs) == 1:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})", top, loss, meaning, x, t)
-    elif with_grad:
-        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", top, loss, p, meaning, x, t)
+        b.line("if holds_nan({}): {}[...] = {}({}, {})", seen, loss, meaning, x, t)
+    elif p is not None:
+        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", seen, loss, p, meaning, x, t)
     else:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", top, loss, meaning, x, t)
-    return True
+        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", seen, loss, meaning, x, t)
 
 
 # Elements from which a pass over memory costs more than the calls of its blocks.
@@ -886,13 +892,7 @@ def _probability_cross_entropy(b: Lowering, step: Step) -> bool:
         b.call("multiply", p, total, p)
         b.call("subtract", p, t, p)
     # A target of 0 beside a logit of -inf, a row of -inf alone or a NaN: as the meaning says.
-    meaning = b.meaning(step)
-    if len(step.outputs) == 1:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})", loss, loss, meaning, x, t)
-    elif with_grad:
-        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", loss, loss, p, meaning, x, t)
-    else:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", loss, loss, meaning, x, t)
+    _by_meaning_if_nan(b, step, loss, loss, p if with_grad else None)
     return True
 
 

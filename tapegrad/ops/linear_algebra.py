@@ -18,11 +18,6 @@ from tapegrad.ops.shape import moveaxis
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import ArrayLike, Tensor
 
-
-def _transposed(x: Any) -> Tensor:
-    return _permute(x, axes=(*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
-
-
 # Of matrices, or stacks of them that broadcast: the tape sums over what was spread. The other two
 # have their second or their first factor transposed: a reverse pass is made of them.
 _matmul: Primitive = primitive(
