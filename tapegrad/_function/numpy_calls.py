@@ -810,7 +810,12 @@ def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
 
 
 def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
-    """Let everything run along contiguous rows: one row for each class."""
+    """Let everything run along contiguous rows: one row for each class.
+
+    Exponents are taken relative to the label's logit, not to the largest: then the loss is the
+    logarithm of their sum, and a reduction is saved. A logit 88 above the label's overflows; what
+    comes out is NaN, which sends the call the careful way.
+    """
     logits, labels = step.inputs
     loss = step.outputs[0]
     n, classes = logits.shape
@@ -818,40 +823,58 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     if x.kind == "local":
         return False
     total_step = _the_sum_of(b, loss)
+    scaled = _the_scaling_of(b, step.outputs[1])
+    factor = 1.0 if scaled is None else float(scaled.inputs[0].source._array.reshape(-1)[0])
+    if scaled is None or math.frexp(factor)[0] != 0.5:  # else 1 / factor is exact
+        scaled, factor = None, 1.0
+    else:
+        b.done.add(scaled)
     b.speculates = True
     dtype = logits.dtype
     t = b.of(labels)
     z = b.turned(x)
-    out = b.turned(b.out(step, position=1))
-    top = b.arena((1, n), dtype)
-    shifted, spread, hot = (b.arena((classes, n), dtype) for _ in range(3))
+    out = b.turned(b.out(step, position=1) if scaled is None else b.out(scaled))
+    hot, shifted = (b.arena((classes, n), dtype) for _ in range(2))
+    sums = b.arena((classes + 1, n), dtype)
+    each, once = b.view(sums, (classes, n), lambda a: a[:-1]), b.view(sums, (n,), lambda a: a[-1])
     log_total = b.arena((n,), dtype)
-    flat = (classes * n,)
-    b.line("if maximum_reduce({}.view(uint64)) >= {}: wrong_labels({}, {})", t, classes, t, classes)
-    b.line("maximum_reduce({}, 0, None, {}, True)", z, top)
-    # A product with ones spreads a row over all classes, and one with a square of ones sums over
-    # them: half the time of calls that broadcast or reduce.
-    b.call("dot", _static(np.ones((classes, 1), dtype)), top, spread)
-    b.call("subtract", z, spread, shifted)
+    # The negative ones are the largest as unsigned numbers.
+    bounded, last = b.arena((n,), np.uint64), _number(classes - 1, np.uint64)
+    b.line(
+        "if minimum({}.view(uint64), {}, out={}).tobytes() != {}.tobytes(): wrong_labels({}, {})",
+        t,
+        last,
+        bounded,
+        t,
+        t,
+        classes,
+    )
+    # A product with a square of ones sums over the classes and spreads the sum over them: half the
+    # time of calls that reduce and broadcast. The gradient's factor comes with it.
+    square = np.full((classes + 1, classes), 1 / factor, dtype)
+    square[-1] = 1
+    one_hot = np.eye(classes, dtype=dtype) * dtype.type(factor)
+    b.line("{}({}, 1, {}, 'clip')", one_hot.take, t, hot)
+    b.call("multiply", z, hot, shifted)
+    b.call("dot", _static(square[:-1]), shifted, each)
+    b.call("subtract", z, each, shifted)
     b.call("exp", shifted, out)
-    b.call("dot", _static(np.ones((classes, classes), dtype)), out, spread)
-    b.call("divide", out, spread, out)
-    b.line("{}({}, 1, {}, 'clip')", np.eye(classes, dtype=dtype).take, t, hot)
+    b.call("dot", _static(square), out, sums)
+    b.call("divide", out, each, out)
     b.call("subtract", out, hot, out)
-    b.line("log({}, {})", b.view(spread, (n,), lambda a: a[0]), log_total)
+    b.line("log({}, {})", once, log_total)
     if total_step is not None:
         y = total_step.outputs[0]
         place = b.local((), dtype)
-        ones = _static(np.ones(n, dtype))
-        flat_hot, flat_shifted = (b.view(p, flat, _reshaper(flat)) for p in (hot, shifted))
-        b.line("{} = dot({}, {}) - dot({}, {})", place, log_total, ones, flat_hot, flat_shifted)
+        b.line("{} = dot({}, {})", place, log_total, _static(np.ones(n, dtype)))
+        b.line("{} -= {} - {}", place, place, place)
         b.set(y, place)
         b.done.add(total_step)
         b.set(loss, log_total)
         return True
-    b.call("multiply", hot, shifted, hot)
-    b.line("add_reduce({}, 0, None, {})", hot, b.view(top, (n,), _reshaper((n,))))
-    b.line("subtract({}, {}, {})", log_total, b.view(top, (n,), _reshaper((n,))), b.out(step))
+    zero = b.view(hot, (n,), lambda a: a[0])
+    b.line("subtract({}, {}, {})", log_total, log_total, zero)
+    b.line("subtract({}, {}, {})", log_total, zero, b.out(step))
     return True
 
 
@@ -958,11 +981,17 @@ def _assign(b: Lowering, step: Step) -> bool:
     if step.name == "assign":
         b.line("{}[...] = {}", target, value)
     else:
+        operation = _ASSIGNS[step.name]
         if type(step.inputs[0]) is not Value and variable.dtype.kind in "fiu":
             value = _number(value, variable.dtype)
         same = getattr(value, "dtype", None) == variable.dtype
+        if same and not variable.shape and not value.shape:
+            if value.kind == "static":
+                value = value.array[()]
+            b.line(f"{{}}[()] = {{}}[()] {_OPERATORS[operation]} {{}}", target, target, value)
+            return True
         casting = "" if same else ", casting='same_kind'"
-        b.line(f"{_ASSIGNS[step.name]}({{}}, {{}}, {{}}{casting})", target, value, target)
+        b.line(f"{operation}({{}}, {{}}, {{}}{casting})", target, value, target)
     return True
 
 
@@ -1016,10 +1045,12 @@ class _Numbers:
 
     def __call__(self, *settings: Any) -> None:
         numbers = self._formula(*[x.item() for x in settings])
-        for array, number, before in zip(self._arrays, numbers, self._last, strict=True):
-            if number != before:
-                array[()] = number
-        self._last = numbers
+        last = self._last
+        if numbers != last:
+            for i, number in enumerate(numbers):
+                if number != last[i]:
+                    self._arrays[i][()] = number
+            self._last = numbers
 
 
 def _named(name: str, function: Any) -> Any:
