@@ -14,6 +14,7 @@ from tapegrad.config import config
 from tapegrad.errors import TapeWarning
 from tapegrad.linear import cast
 from tapegrad.tensor import Operand, Tensor, as_array, wrap
+from tapegrad.variable import Variable
 
 
 class UnconnectedGradients(enum.StrEnum):
@@ -45,10 +46,19 @@ def describe_kind(value: Any) -> str:
     return "None" if value is None else f"{value!r}, a {kind}" if kind == "float" else f"a {kind}"
 
 
+_OPERANDS = frozenset((Tensor, Variable))  # asked for first: that takes a quarter of the time
+
+
+def _is_operand(x: Any) -> bool:
+    return isinstance(x, Operand)
+
+
 def check_targets(target: Any) -> list[Operand]:
     """Return the leaves of a target, each of them a Tensor or Variable."""
+    if type(target) is Tensor:
+        return [target]
     leaves = flatten(target)
-    if not all(isinstance(leaf, Operand) for leaf in leaves):
+    if not _OPERANDS.issuperset(map(type, leaves)) and not all(map(_is_operand, leaves)):
         refuse_unordered(target, "target")
         for path, leaf in flatten_with_paths(target, "target"):
             if leaf is None:
@@ -67,7 +77,7 @@ def check_targets(target: Any) -> list[Operand]:
 def check_sources(sources: Any) -> list[Operand]:
     """Return the leaves of the sources, each of them a Tensor or Variable."""
     leaves = flatten(sources)
-    if not all(isinstance(leaf, Operand) for leaf in leaves):
+    if not _OPERANDS.issuperset(map(type, leaves)) and not all(map(_is_operand, leaves)):
         refuse_unordered(sources, "sources")
         for path, leaf in flatten_with_paths(sources, "sources"):
             if not isinstance(leaf, Operand):
@@ -102,6 +112,8 @@ def check_scalar_targets(targets: list[Operand], weights: list[Tensor | None]) -
 
 def match_weights(target: Any, weights: Any) -> list[Tensor | None]:
     """Return a weight for each leaf of the target: None for ones, else a Tensor of its shape."""
+    if weights is None and type(target) is Tensor:
+        return [None]
     targets = flatten(target)
     if weights is None:
         return [None] * len(targets)
