@@ -40,6 +40,15 @@ def check_unconnected(value: Any) -> UnconnectedGradients:
         raise ValueError(f"Unknown value for unconnected_gradients: {value!r}") from None
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return what is True or False, NumPy's too, as Python's own."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def describe_kind(value: Any) -> str:
     """Return how a message calls a value that should have been a tensor."""
     kind = type(value).__name__

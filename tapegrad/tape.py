@@ -18,6 +18,7 @@ from tapegrad._structure import flatten_with_paths, is_container, refuse_unorder
 from tapegrad._tape_arguments import (
     UnconnectedGradients,
     check_chunk,
+    check_flag,
     check_scalar_targets,
     check_sources,
     check_targets,
@@ -139,14 +140,8 @@ class GradientTape:
     since = 0
 
     def __init__(self, persistent: bool = False, watch_accessed_variables: bool = True) -> None:
-        for name, value in (
-            ("persistent", persistent),
-            ("watch_accessed_variables", watch_accessed_variables),
-        ):
-            if value is not True and value is not False and not isinstance(value, np.bool_):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
-        self._persistent = bool(persistent)
-        self._watch_accessed = bool(watch_accessed_variables)
+        self._persistent = check_flag("persistent", persistent)
+        self._watch_accessed = check_flag("watch_accessed_variables", watch_accessed_variables)
         self._active = False  # inside its `with` block
         self._paused = 0  # inside so many stop_recording blocks
         self._recorders: list[Any] | None = None  # the list it stands in while it records
@@ -584,15 +579,15 @@ class GradientTape:
             )
 
     def _wanted(self, sources: Sequence[Operand]) -> set[int]:
-        wanted: set[int] = set()
-        for x in sources:
-            if isinstance(x, Variable):
-                wanted.update(self._versions.get(x.id, ()))
-                if x._tensor is not None:  # the target itself, perhaps
-                    wanted.add(x._tensor.id)
-            else:
-                wanted.add(x.id)
-        return wanted
+        return {key for x in sources for key in self._values_of(x)}
+
+    def _values_of(self, source: Operand) -> Sequence[int]:
+        """Return the ids of what a source was while the tape recorded."""
+        if not isinstance(source, Variable):
+            return (source.id,)
+        keys = self._versions.get(source.id, ())
+        current = source._tensor  # the target itself, perhaps
+        return keys if current is None or current.id in keys else (*keys, current.id)
 
     def _needed(self, wanted: set[int]) -> dict[int, int]:
         """Return the ids between the wanted ones and any target, and from which node they count."""
@@ -650,16 +645,8 @@ class GradientTape:
         return results
 
     def _answer(self, source: Operand, results: dict[int, Tensor]) -> Tensor | None:
-        if not isinstance(source, Variable):
-            return results.get(source.id)
         total: Tensor | None = None
-        keys: Sequence[int] = self._versions.get(source.id, ())
-        current = source._tensor
-        if current is not None and current.id not in keys:
-            keys = [*keys, current.id]
-        if len(keys) == 1:
-            return results.get(keys[0])
-        for key in keys:
+        for key in self._values_of(source):
             part = results.get(key)
             if part is not None:
                 total = part if total is None else add(total, part)
