@@ -1021,15 +1021,16 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     if places[-1].kind != "static":
         return False
     arrays = [place.bind() for place in places]
-    count = len(update.numbers(*[1 if x.dtype.kind == "i" else 0.5 for x in settings]))
+    formula, params = update.formula(step.params)
+    count = len(formula(*[1 if x.dtype.kind == "i" else 0.5 for x in settings]))
     numbers = [np.zeros((), dtype) for _ in range(count)]
-    b.bound(_Numbers(update.numbers, numbers), *[b.memory_of(x) for x in settings])
+    b.bound(_Numbers(formula, numbers), *[b.memory_of(x) for x in settings])
     scratch = spares(np, g.size, dtype)
     if g.size <= BLOCK:
         rule = functools.partial(update.rule, np, *arrays, scratch[0][: g.size], *numbers)
     else:
         rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers)
-    b.bound(_named(step.name, functools.partial(rule, **step.params)))
+    b.bound(_named(step.name, functools.partial(rule, **params)))
     return True
 
 
