@@ -424,7 +424,7 @@ def _copied_view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) 
         return False
     place = b.of(x)
     out = b.out(step)
-    b.line("copyto({}, " + text + ")", out, place, *operands)
+    b.line("{}[...] = " + text, out, place, *operands)
     return True
 
 
@@ -446,7 +446,7 @@ def _broadcast_to(b: Lowering, step: Step) -> bool:
         return True
     if y in b.destinations or b.is_output(y):
         place = b.of(x)
-        b.line("copyto({}, {})", b.out(step), place)
+        b.line("{}[...] = {}", b.out(step), place)
         return True
     return _view(b, step, lambda a: np.broadcast_to(a, shape), "broadcast_to({}, {})", shape)
 
@@ -494,7 +494,7 @@ def _reshape(b: Lowering, step: Step) -> bool:
         b.set(y, b.view(place, y.shape, _reshaper(y.shape)))
         return True
     out = b.out(step)
-    b.line("copyto({}, {}.reshape({}))", out, place, y.shape)
+    b.line("{}[...] = {}.reshape({})", out, place, y.shape)
     return True
 
 
@@ -606,7 +606,7 @@ def _sum_rows(b: Lowering, step: Step, x: Place, position: int) -> bool:
         b.call("dot", ones, x, out)
         b.lines[-1].sums_rows = b.layout.active
     else:
-        b.line("dot({}, {}, {}.reshape({}))", ones, x, out, x.shape[1:])
+        b.line("{}.dot({}, {}.reshape({}))", ones, x, out, x.shape[1:])
     return True
 
 
@@ -866,7 +866,7 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     if total_step is not None:
         y = total_step.outputs[0]
         place = b.local((), dtype)
-        b.line("{} = dot({}, {})", place, log_total, _static(np.ones(n, dtype)))
+        b.line("{} = {}.dot({})", place, log_total, _static(np.ones(n, dtype)))
         b.line("{} -= {} - {}", place, place, place)
         b.set(y, place)
         b.done.add(total_step)
@@ -940,7 +940,7 @@ def _one_hot(b: Lowering, step: Step) -> bool:
     chosen = b.like(y, False, np.dtype(np.bool_))
     out = b.out(step)
     b.line("equal({}[..., None], {}, {})", x, _static(classes), chosen)
-    b.line("copyto({}, {})", out, chosen)
+    b.line("{}[...] = {}", out, chosen)
     return True
 
 

@@ -81,7 +81,6 @@ def _tensor(array: Array) -> Tensor:
 _NAMES: dict[str, Any] = {
     **{name: value for name, value in vars(np).items() if isinstance(value, np.ufunc)},
     **{f"{name}_reduce": getattr(np, name).reduce for name in ("add", "maximum", "minimum")},
-    "dot": np.dot,
     "matmul": np.matmul,
     "copyto": np.copyto,
     "np": np,
