@@ -263,8 +263,9 @@ class _Group:
         first = members[0]
         self._xp = xp = _backend.module_of((first._array,))
         self.dtype = first.dtype
-        # A device's kernel saves nothing by it, and 16 bits have no room for it.
-        self.units = units if xp is np and self.dtype.itemsize >= 4 else {}
+        # A kernel saves nothing by it, and 16 bits have no room for it.
+        plain = xp is np and not _backend.runs_kernels(xp)
+        self.units = units if plain and self.dtype.itemsize >= 4 else {}
         if len(members) == 1 and first._buffer.shared:  # packed by another optimiser: it stays
             self._places = [0]
             self._flat = first._array.reshape(-1)
