@@ -1022,20 +1022,83 @@ def _flat_update(b: Lowering, step: Step) -> bool:
         return False
     arrays = [place.bind() for place in places]
     formula, params = update.formula(step.params)
-    count = len(formula(*[1 if x.dtype.kind == "i" else 0.5 for x in settings]))
-    numbers = [np.zeros((), dtype) for _ in range(count)]
-    b.bound(_Numbers(formula, numbers), *[b.memory_of(x) for x in settings])
+    hyperparameters = [b.memory_of(x) for x in settings]
+    known = [1 if x.dtype.kind == "i" else 0.5 for x in settings]
+    if all(place.kind == "static" for place in hyperparameters):
+        now = [place.array.item() for place in hyperparameters]
+        known = [max(x, 1) if type(x) is int else x for x in now]  # a step that was taken
+    numbers = [np.array(number, dtype) for number in formula(*known)]
+    take = _Numbers(formula, numbers)
     scratch = spares(np, g.size, dtype)
-    if g.size <= BLOCK:
-        rule = functools.partial(update.rule, np, *arrays, scratch[0][: g.size], *numbers)
-    else:
-        rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers)
-    b.bound(_named(step.name, functools.partial(rule, **params)))
+    if g.size > BLOCK:
+        b.bound(take, *hyperparameters)
+        rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers, **params)
+        b.bound(_named(step.name, rule))
+        return True
+    spare = scratch[0][: g.size]
+    rule = functools.partial(update.rule, np, *arrays, spare, *numbers, **params)
+    calls = _calls_of(update.rule, [*arrays, spare], numbers, params)
+    if calls is None:
+        b.bound(take, *hyperparameters)
+        b.bound(_named(step.name, rule))
+        return True
+    texts, operands = zip(*calls, strict=True)
+    b.line(
+        f"if {{}}({', '.join(['{}'] * len(settings))}): {{}}()\nelse:\n    " + "\n    ".join(texts),
+        take,
+        *hyperparameters,
+        _named(step.name, rule),
+        *[_static(array) for given in operands for array in given],
+    )
     return True
 
 
+def _calls_of(
+    rule: Callable[..., None],
+    arrays: list[Array],
+    numbers: list[Array],
+    params: dict[str, Any],
+) -> list[tuple[str, list[Array]]] | None:
+    """Return the calls of ufuncs that a rule makes for numbers like these, if it makes no others.
+
+    Written out they take 0.7 us less than the rule's own Python.
+    """
+    told: list[tuple[str, list[Array]]] = []
+    try:
+        rule(np, *[_Told(array, told) for array in arrays], *numbers, **params)
+    except _NoUfunc:
+        return None
+    return told
+
+
+class _NoUfunc(Exception):
+    """A rule does something with its arrays beside giving them to ufuncs."""
+
+
+class _Told:
+    """Stands for an array, and notes the ufuncs that it is given to."""
+
+    def __init__(self, array: Array, told: list[tuple[str, list[Array]]]) -> None:
+        self._shown, self._notes = array, told
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
+    ) -> Any:
+        if method != "__call__" or options or len(out) != 1:
+            raise _NoUfunc
+        operands = [x._shown if type(x) is _Told else x for x in (*inputs, *out)]
+        self._notes.append((f"{ufunc.__name__}({', '.join(['{}'] * len(operands))})", operands))
+        return out[0]
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NoUfunc
+
+
 class _Numbers:
-    """Sets the numbers of an update from the hyper-parameters, in every call."""
+    """Sets the numbers of an update from the hyper-parameters, in every call.
+
+    Tells whether another one of them is 0 or 1 now: a rule may do something else then.
+    """
 
     __name__ = "numbers"
 
@@ -1043,15 +1106,26 @@ class _Numbers:
         self._formula = formula
         self._arrays = arrays
         self._last: tuple[float, ...] = (math.nan,) * len(arrays)
+        self._special = [_special(array) for array in arrays]
+        self._special_at_first = list(self._special)
 
-    def __call__(self, *settings: Any) -> None:
+    def __call__(self, *settings: Any) -> bool:
         numbers = self._formula(*[x.item() for x in settings])
         last = self._last
         if numbers != last:
             for i, number in enumerate(numbers):
                 if number != last[i]:
-                    self._arrays[i][()] = number
+                    array = self._arrays[i]
+                    array[()] = number
+                    self._special[i] = _special(array)
             self._last = numbers
+        return self._special != self._special_at_first
+
+
+def _special(array: Array) -> Any:
+    """Return a number if it is 0 or 1 in its own type, else None."""
+    value = array.item()
+    return value if value == 0 or value == 1 else None
 
 
 def _named(name: str, function: Any) -> Any:

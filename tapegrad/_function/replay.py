@@ -338,8 +338,9 @@ class _Text:
         *,
         structure: Any,
     ) -> str:
-        body = [self._line(line) for line in lowered.lines]
         at = lowered.writes_from
+        before = lowered.lines if at < 0 else lowered.lines[:at]
+        after = [] if at < 0 else lowered.lines[at:]
         leaves = [
             self._line(Line(text, (place,) if "{}" in text else ())) for text, place in results
         ]
@@ -352,17 +353,20 @@ class _Text:
         # One argument: spreading a list over several takes 0.08 us more than unpacking it.
         names = "".join(f"x{i}, " for i in range(self._inputs))
         unpack = [f"    {names[: -1 if self._inputs == 1 else -2]} = arrays"] if names else []
-        lines = [f"    {line}" for line in (body if at < 0 else body[:at])]
+        lines = self._lines(before, "    ")
         if at >= 0:
             begin, end, failed = (
                 self._name(f, "w") for f in (writes.begin, writes.end, writes.failed)
             )
             lines += [f"    {begin}()", "    try:"]
-            lines += [f"        {line}" for line in body[at:]] or ["        pass"]
+            lines += self._lines(after, "        ") or ["        pass"]
             lines += ["    except BaseException as error:", f"        {failed}(error)"]
             lines += ["        raise", "    finally:", f"        {end}()"]
         lines.append(f"    {answer}")
         return "\n".join(["def replay(arrays):", *unpack, *lines, ""])
+
+    def _lines(self, lines: Sequence[Line], indent: str) -> list[str]:
+        return [indent + text for line in lines for text in self._line(line).split("\n")]
 
     def _line(self, line: Line) -> str:
         operands = line.operands if line.make is None else (line.make(), *line.operands[1:])

@@ -251,3 +251,70 @@ def test_memory_has_one_name():
     ]
     assert len(shown) > 10
     assert len(set(shown)) == len(shown)
+
+
+CHANGES = {
+    "SGD": [("learning_rate", (0.5, 1.0, 0.0, 0.25))],
+    "momentum": [("learning_rate", (0.5, 1.0, 0.0)), ("momentum", (1.0, 0.0, 0.5))],
+    "Adagrad": [("learning_rate", (1.0, 0.0, 0.1)), ("epsilon", (0.0, 1e-60, 1.0))],
+    "RMSprop": [("rho", (0.5, 0.0, 0.9)), ("epsilon", (0.0, 1e-60, 1.0, 1e-3))],
+    "Adam": [
+        ("weight_decay", (0.1, 0.0)),
+        ("beta_1", (0.0, 0.5, 0.9)),
+        ("beta_2", (0.0, 0.5, 0.999)),
+        ("epsilon", (0.0, 1e-60, 1.0, 1e-8)),
+        ("learning_rate", (1.0, 0.0, 1e-3)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_updates_written_out_follow_every_hyper_parameter(name):
+    """What a rule leaves out for numbers that are 0 or 1 comes back when they are so no longer."""
+
+    def training():
+        w = tg.Variable(np.array([1.0, -2.0, 0.0, 3.0], "f4"))
+        make = tg.optimizers.SGD if name == "momentum" else getattr(tg.optimizers, name)
+        optimizer = make(momentum=0.9) if name == "momentum" else make()
+
+        def step(x):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(w * w * x)
+            optimizer.apply([tape.gradient(loss, w)], [w])
+
+        return w, optimizer, step
+
+    (w, optimizer, step), (v, other, plain) = training(), training()
+    compiled = tg.function(step)
+    x = tg.constant([1.0, 0.5, 0.0, 2.0])
+    changes = [(key, value) for key, values in CHANGES[name] for value in values]
+    for key, value in [(None, None)] * 4 + changes:
+        if key is not None:
+            setattr(optimizer, key, value)
+            setattr(other, key, value)
+        for _ in range(2):
+            compiled(x)
+            plain(x)
+        assert_same(w, v)
+    assert "multiply(" in compiled.explain_program().partition("else:")[2]
+
+
+def test_an_update_that_is_more_than_ufuncs_is_called():
+    """Without an epsilon what never had a gradient is told apart: 0 / 0 would move it."""
+    x = tg.constant([1.0, 0.0])
+    found = []
+    for compile_it in (False, True):
+        w, optimizer = tg.Variable([1.0, 2.0]), tg.optimizers.Adam(0.1, epsilon=0.0)
+
+        def step(x, w=w, optimizer=optimizer):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(w * x)
+            optimizer.apply([tape.gradient(loss, w)], [w])
+
+        call = tg.function(step) if compile_it else step
+        for _ in range(4):
+            call(x)
+        found.append(w.numpy())
+    assert_same(*found)
+    assert found[0][1] == 2.0
+    assert "else:" not in call.explain_program()
