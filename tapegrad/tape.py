@@ -7,13 +7,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from tapegrad import _backend
 from tapegrad._quiet import quiet
-from tapegrad._recording import no_record, state, user_location
+from tapegrad._recording import no_record, state, told, user_call, user_location
 from tapegrad._structure import flatten_with_paths, is_container, refuse_unordered, unflatten
 from tapegrad._tape_arguments import (
     UnconnectedGradients,
@@ -154,7 +155,8 @@ class GradientTape:
         self._release()
         self._variables: dict[int, Variable] = {}
         self._asked: set[int] = set()  # ids of Variables given to watch()
-        self._spent: str | None = None  # how it was used up
+        # How it was used up: by which call, or what went wrong in it.
+        self._spent: tuple[CodeType, int] | str | None = None
 
     def _release(self) -> None:
         """Let go of every operation, keeping what `watched_variables` tells."""
@@ -386,12 +388,12 @@ class GradientTape:
         weights = match_weights(target, output_gradients)
         check_scalar_targets(targets, weights)
         self._check_usable()
-        self._begin_reverse_pass(user_location())
+        self._begin_reverse_pass(user_call())
         try:
             with quiet():
                 seeds: dict[int, Tensor] = {}
-                for y, weight in zip(targets, weights, strict=True):
-                    y = _current(y)
+                for i, y in enumerate(targets):
+                    weight, y = weights[i], _current(y)
                     if is_floating(y._array.dtype):
                         seed = ones_like(y) if weight is None else weight
                         seeds[y.id] = add(seeds[y.id], seed) if y.id in seeds else seed
@@ -431,7 +433,7 @@ class GradientTape:
         leaves = check_sources(sources)
         check_chunk(parallel_iterations, chunk_size)
         self._check_usable()
-        self._begin_reverse_pass(user_location())
+        self._begin_reverse_pass(user_call())
         try:
             with quiet():
                 answers = []
@@ -480,7 +482,7 @@ class GradientTape:
                     f"({x.shape}) to match."
                 )
         self._check_usable()
-        self._begin_reverse_pass(user_location())
+        self._begin_reverse_pass(user_call())
         try:
             with quiet():
                 answers: list[Tensor | None] = []
@@ -546,14 +548,14 @@ class GradientTape:
                 "other rows of the source), so their Jacobian is no batch: use jacobian"
             )
 
-    def _begin_reverse_pass(self, where: str) -> None:
+    def _begin_reverse_pass(self, where: tuple[CodeType, int]) -> None:
         """Stop recording, unless the tape is one that may record its own reverse pass."""
         if not self._persistent:
             self._stop()
         elif self._recorders is state.recorders:  # not so inside no_record
             _warn_of_recorded_gradient()
         if not self._persistent:
-            self._spent = f"the first one was asked for at {where}"
+            self._spent = where
 
     def _end_reverse_pass(self) -> None:
         """Let go of everything, unless the tape may be asked again."""
@@ -568,8 +570,11 @@ class GradientTape:
             )
         if self._spent is not None:
             error = RuntimeError(_USED_UP)
+            how = self._spent
+            if type(how) is tuple:
+                how = f"the first one was asked for at {told(how)}"
             error.add_note(
-                f"{self._spent}. To ask more than once, create the tape with "
+                f"{how}. To ask more than once, create the tape with "
                 "GradientTape(persistent=True), or pass all sources in one call."
             )
             raise error
