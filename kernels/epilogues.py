@@ -1,0 +1,295 @@
+"""Launchers of products with cuBLASLt's epilogues of training, each against the way without it.
+
+A layer's ReLU may leave a mask of one bit an element; the product that brings its gradient then
+lets pass what the mask says, and sums the bias's gradient on the way. The mask costs the one what
+it saves the other, or not: so both are timed with and without, and decided on together. A product
+may also sum its second operand's rows, which it reads anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapegrad.config import config
+
+from . import cublaslt, gemm, gemm_choice, gemm_plan
+from ._build import Array, Module, cpp_type
+from .cublaslt import Epilogue
+from .gemm import _ALGORITHMS, _Device, _device_of, _key_text, _kind, _Prepared, _Way
+from .gemm_choice import Candidate, Timed
+from .linear_relu import linear_relu, linear_relu_grad
+
+_TYPES = frozenset(("float32", "float16", "bfloat16"))  # that cuBLASLt has these epilogues for
+_FUSED, _PLAIN = "fused", "plain"
+
+Pair = tuple[Array, Array]
+
+
+class _Fusion(NamedTuple):
+    """A product x @ w with an epilogue, which gives a second array beside it.
+
+    second    makes the memory of the second array: `second(xp, rows, columns, dtype)`.
+    beside    returns what the epilogue is given beside the matrices: `beside(second, *arrays)`.
+    plain     does the same without the epilogue: `plain(xp, *arrays)`; None where it declines.
+    is_right  tells whether an algorithm's values are those of the meaning where libraries differ:
+              `is_right(xp, way, *arrays)`.
+    """
+
+    name: str
+    epilogue: Epilogue
+    second: Callable[[Module, int, int, Any], Array]
+    beside: Callable[..., tuple[Array, ...]]
+    plain: Callable[..., Pair | None]
+    is_right: Callable[..., bool]
+
+    def launch(self, xp: Module, way: _Way, *arrays: Array, second: Array | None = None) -> Pair:
+        """Run it by one algorithm."""
+        x, w = arrays[:2]
+        shape = x.shape[0], w.shape[1]
+        if second is None:
+            second = self.second(xp, *shape, x.dtype)
+        return way(xp, self.pointers(second, *arrays), xp.empty(shape, x.dtype), None), second
+
+    def pointers(self, second: Array, *arrays: Array) -> list[int]:
+        """Return the addresses of what is read and written, but for the product."""
+        return [a.data.ptr for a in (*arrays[:2], *self.beside(second, *arrays))]
+
+
+class _Contest:
+    """A fusion for such arrays as these against the way without it."""
+
+    def __init__(
+        self,
+        device: _Device,
+        fusion: _Fusion,
+        problem: gemm_plan.Problem,
+        xp: Module,
+        arrays: tuple[Array, ...],
+    ) -> None:
+        x, w = arrays[:2]
+        kind_name, kind = _kind(x.dtype.name)
+        self._device, self._fusion, self._xp, self._arrays = device, fusion, xp, arrays
+        self._prepared = _Prepared(device.library, device.handle, problem, kind, fusion.epilogue)
+        second = fusion.second(xp, x.shape[0], w.shape[1], x.dtype)
+        self._pointers = fusion.pointers(second, *arrays)
+        self.text = _key_text(fusion.name, problem, kind_name, self._pointers)
+
+    def usable(self, times: dict[str, Timed]) -> bool:
+        """Tell whether times are of these ways, and the algorithm such as can run here."""
+        return times.keys() <= {_FUSED, _PLAIN} and (
+            _FUSED not in times or self._device.can_run(self._prepared, times[_FUSED])
+        )
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield what is to be timed: the algorithms that give the right values."""
+        launch = functools.partial(self._fusion.launch, self._xp)
+        yield Candidate(_PLAIN, functools.partial(self._fusion.plain, self._xp, *self._arrays))
+        found = self._prepared.algorithms(_ALGORITHMS, self._device.workspace, self._pointers)
+        for algorithm in found:
+            way = self._way(*algorithm)
+            if self._is_right(way):
+                yield Candidate(_FUSED, functools.partial(launch, way, *self._arrays), *algorithm)
+
+    def verdict(self) -> _Verdict:
+        """Return how long both ways take, and the faster algorithm of the one."""
+        times = self._device.times_of(self, self._xp)
+        if times is None or not times.keys() >= {_FUSED, _PLAIN}:
+            return _Verdict(0.0, 0.0, None)
+        fused = times[_FUSED]
+        way = self._way(fused.algorithm, fused.workspace)
+        return _Verdict(fused.seconds, times[_PLAIN].seconds, way)
+
+    def _way(self, algorithm: bytes, workspace: int) -> _Way:
+        return _Way(self._prepared, algorithm, workspace, None)
+
+    def _is_right(self, way: _Way) -> bool:
+        try:
+            return self._fusion.is_right(self._xp, way, *self._arrays)
+        except cublaslt.CublasLtError:
+            return False
+
+
+class _Verdict(NamedTuple):
+    """The seconds that a fusion takes and those without it; no way where it cannot be used."""
+
+    fused: float
+    plain: float
+    way: _Way | None
+
+
+def _device_for(xp: Module, *arrays: Array) -> _Device | None:
+    """Return the device whose cuBLASLt may fuse something into x @ w; None where it may not.
+
+    arrays  x, w and others of their type.
+    """
+    if xp is np or config.deterministic:  # then no timing decides, and nothing else would
+        return None
+    x, w = arrays[:2]
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        return None
+    # The sums of one row or one column are refused by some versions.
+    if x.shape[0] < 2 or w.shape[1] < 2 or x.dtype.name not in _TYPES or not x.dtype.isnative:
+        return None
+    # What is tried out is laid out as these are.
+    dense = (a.flags.c_contiguous or a.flags.f_contiguous for a in arrays)
+    return _device_of(xp, arrays) if all(dense) else None
+
+
+def _key(name: str, *arrays: Array) -> tuple[Any, ...]:
+    layouts = [(a.shape, a.strides, gemm_plan.alignment(a.data.ptr)) for a in arrays]
+    return name, config.tf32, arrays[0].dtype, *layouts
+
+
+def _verdict(device: _Device, fusion: _Fusion, xp: Module, *arrays: Array) -> _Verdict | None:
+    """Return the verdict on a fusion; None where it would have to be found during a capture."""
+
+    def decide() -> _Verdict:
+        x, w = arrays[:2]
+        problem = gemm_plan.problem(x.shape, x.strides, w.shape, w.strides, x.itemsize)
+        if problem is None:
+            return _Verdict(0.0, 0.0, None)
+        return _Contest(device, fusion, problem, xp, arrays).verdict()
+
+    found: _Verdict | None = device.decision(xp, _key(fusion.name, *arrays), decide)
+    return found
+
+
+def _full_like(xp: Module, array: Array, value: float) -> Array:
+    """Return an array laid out as another: CuPy fills none of bfloat16 with NaN."""
+    if array.flags.c_contiguous:
+        return xp.asarray(np.full(array.shape, value, array.dtype))
+    return _full_like(xp, array.T, value).T
+
+
+def _is_nan(xp: Module, array: Array) -> Array:
+    return xp.isnan(array.astype(np.float32))
+
+
+# ---- a layer with ReLU that leaves a mask, and the product that brings its gradient
+
+
+def linear_relu_with_mask(xp: Module, x: Array, w: Array, b: Array, *, above: int) -> Pair | None:
+    """Return relu(x @ w + b), and a mask for `matmul_linear_relu_grad` or an array of no bytes.
+
+    above  the columns of the gradient that will be brought down.
+
+    The arrays as `linear_relu` takes them, which also says what None means. relu(NaN) is NaN, and
+    no mask lets it pass.
+    """
+    way = _way_with_mask(xp, x, w, b, above)
+    if way is not None:
+        return _WITH_MASK.launch(xp, way, x, w, b)
+    return _without_mask(xp, x, w, b)
+
+
+def matmul_linear_relu_grad(xp: Module, g: Array, w: Array, y: Array, mask: Array) -> Pair | None:
+    """Return `linear_relu_grad` of g @ w and y: the gradient below a ReLU, and its column sums.
+
+    g (n, k), w (k, o), y (n, o) and the mask are of `linear_relu_with_mask`'s making or y's alone.
+    """
+    if mask.size:
+        device = _device_for(xp, g, w, y)
+        verdict = device and _verdict(device, _RELU_GRAD, xp, g, w, y, mask)
+        if verdict and verdict.way is not None:
+            return _RELU_GRAD.launch(xp, verdict.way, g, w, y, mask)
+    return _relu_grad_of_product(xp, g, w, y)
+
+
+def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _Way | None:
+    """Return the way that leaves a mask, or None unless that makes up for its cost."""
+    device = _device_for(xp, x, w, b)
+    if device is None or b.shape != w.shape[1:]:
+        return None
+
+    def decide() -> _Way | None:
+        down = _verdict(device, _WITH_MASK, xp, x, w, b)
+        if down is None or down.way is None:
+            return None
+        try:
+            with gemm_choice.scratch_memory(xp):
+                y, mask = _WITH_MASK.launch(xp, down.way, x, w, b)
+                g = xp.zeros((len(x), above), x.dtype)
+                weights = xp.zeros((w.shape[1], above), x.dtype)
+                up = _verdict(device, _RELU_GRAD, xp, g, weights.T, y, mask)
+        except MemoryError:
+            return None
+        if up is None or up.way is None or down.fused + up.fused >= down.plain + up.plain:
+            return None
+        return down.way
+
+    found: _Way | None = device.decision(xp, (above, *_key("mask", x, w, b)), decide)
+    return found
+
+
+def _without_mask(xp: Module, x: Array, w: Array, b: Array) -> Pair | None:
+    y = linear_relu(xp, x, w, b)
+    return None if y is None else (y, xp.empty((0,), np.uint8))
+
+
+def _relu_grad_of_product(
+    xp: Module, g: Array, w: Array, y: Array, _mask: Any = None
+) -> Pair | None:
+    if cpp_type(y) is None:  # declined before there is a product
+        return None
+    return linear_relu_grad(xp, _product(xp, g, w), y)
+
+
+def _product(xp: Module, x: Array, w: Array) -> Array:
+    y = gemm.matmul(xp, x, w)
+    return xp.matmul(x, w) if y is None else y
+
+
+def _new_mask(xp: Module, rows: int, columns: int, dtype: Any) -> Array:
+    return xp.empty(gemm_plan.mask_shape(rows, columns), np.uint8)
+
+
+def _new_sums(xp: Module, rows: int, columns: int, dtype: Any) -> Array:
+    return xp.empty((columns,), dtype)
+
+
+def _keeps_nan_and_stops_zero(xp: Module, way: _Way, x: Array, w: Array, b: Array) -> bool:
+    """Tell whether NaN goes through the ReLU, and neither it nor 0 through the mask.
+
+    Most of cuBLASLt's ReLU epilogues turn NaN into 0. The order of the mask's bits is the
+    library's own, but here all of them must be 0.
+    """
+
+    def passed(*arrays: Array) -> tuple[Array, bool]:
+        mask = xp.zeros(gemm_plan.mask_shape(len(x), w.shape[1]), np.uint8)
+        y, _ = _WITH_MASK.launch(xp, way, *arrays, second=mask)
+        return y, bool(mask.any())
+
+    y, marked = passed(x, w, _full_like(xp, b, np.nan))
+    if marked or not _is_nan(xp, y).all():
+        return False
+    y, marked = passed(*[_full_like(xp, a, 0) for a in (x, w, b)])
+    return not marked and not bool(y.astype(np.float32).any())
+
+
+def _follows_the_mask(xp: Module, way: _Way, g: Array, w: Array, y: Array, mask: Array) -> bool:
+    """Tell whether the mask lets pass what y > 0 would, and stops even NaN elsewhere."""
+    gz, _ = _RELU_GRAD.launch(xp, way, _full_like(xp, g, np.nan), w, y, mask)
+    stopped = gz.astype(np.float32) == 0
+    return bool(xp.where(y.astype(np.float32) > 0, _is_nan(xp, gz), stopped).all())
+
+
+_WITH_MASK = _Fusion(
+    "linear_relu_with_mask",
+    Epilogue.RELU_AUX_BIAS,
+    _new_mask,
+    lambda mask, _x, _w, b: (b, mask),
+    _without_mask,
+    _keeps_nan_and_stops_zero,
+)
+_RELU_GRAD = _Fusion(
+    "matmul_linear_relu_grad",
+    Epilogue.DRELU_BGRAD,
+    _new_sums,
+    lambda gb, _g, _w, _y, mask: (gb, mask),
+    _relu_grad_of_product,
+    _follows_the_mask,
+)
