@@ -16,14 +16,15 @@ import numpy as np
 
 from tapegrad.config import config
 
-from . import cublaslt, gemm, gemm_choice, gemm_plan
+from . import chains, cublaslt, gemm, gemm_choice, gemm_plan
 from ._build import Array, Module, cpp_type
 from .cublaslt import Epilogue
 from .gemm import _ALGORITHMS, _Device, _device_of, _key_text, _kind, _Prepared, _Way
 from .gemm_choice import Candidate, Timed
 from .linear_relu import linear_relu, linear_relu_grad
 
-_TYPES = frozenset(("float32", "float16", "bfloat16"))  # that cuBLASLt has these epilogues for
+# The types that cuBLASLt has these epilogues for, and how far their numbers lie apart at 1.
+_EPSILONS = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 _FUSED, _PLAIN = "fused", "plain"
 
 Pair = tuple[Array, Array]
@@ -132,7 +133,7 @@ def _device_for(xp: Module, *arrays: Array) -> _Device | None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         return None
     # The sums of one row or one column are refused by some versions.
-    if x.shape[0] < 2 or w.shape[1] < 2 or x.dtype.name not in _TYPES or not x.dtype.isnative:
+    if x.shape[0] < 2 or w.shape[1] < 2 or x.dtype.name not in _EPSILONS or not x.dtype.isnative:
         return None
     # What is tried out is laid out as these are.
     dense = (a.flags.c_contiguous or a.flags.f_contiguous for a in arrays)
@@ -163,6 +164,12 @@ def _full_like(xp: Module, array: Array, value: float) -> Array:
     if array.flags.c_contiguous:
         return xp.asarray(np.full(array.shape, value, array.dtype))
     return _full_like(xp, array.T, value).T
+
+
+def _are_sums(sums: Array, counts: Any) -> bool:
+    """Tell whether sums of so many ones are right: in 16 bits they would stop at 256 or 2048."""
+    error = abs(sums.astype(np.float32) - counts)
+    return bool((error <= _EPSILONS[sums.dtype.name] * counts).all())
 
 
 def _is_nan(xp: Module, array: Array) -> Array:
@@ -272,9 +279,14 @@ def _keeps_nan_and_stops_zero(xp: Module, way: _Way, x: Array, w: Array, b: Arra
 
 def _follows_the_mask(xp: Module, way: _Way, g: Array, w: Array, y: Array, mask: Array) -> bool:
     """Tell whether the mask lets pass what y > 0 would, and stops even NaN elsewhere."""
+    passes = y.astype(np.float32) > 0
     gz, _ = _RELU_GRAD.launch(xp, way, _full_like(xp, g, np.nan), w, y, mask)
-    stopped = gz.astype(np.float32) == 0
-    return bool(xp.where(y.astype(np.float32) > 0, _is_nan(xp, gz), stopped).all())
+    if not xp.where(passes, _is_nan(xp, gz), gz.astype(np.float32) == 0).all():
+        return False
+    ones = _full_like(xp, g, 0)
+    ones[:, 0] = 1
+    _, gb = _RELU_GRAD.launch(xp, way, ones, _full_like(xp, w, 1), y, mask)
+    return _are_sums(gb, passes.sum(0))
 
 
 _WITH_MASK = _Fusion(
@@ -292,4 +304,43 @@ _RELU_GRAD = _Fusion(
     lambda gb, _g, _w, _y, mask: (gb, mask),
     _relu_grad_of_product,
     _follows_the_mask,
+)
+
+
+# ---- a product that sums its second operand's columns: the gradients of weights and bias
+
+
+def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
+    """Return x @ w and the sums of w's columns, or None for what no kernel was written for.
+
+    x (n, k), w (k, o), of one floating type, w C-contiguous. The sums are accumulated in float32.
+    """
+    device = _device_for(xp, x, w)
+    verdict = device and _verdict(device, _WITH_SUMS, xp, x, w)
+    if verdict and verdict.way is not None and verdict.fused < verdict.plain:
+        return _WITH_SUMS.launch(xp, verdict.way, x, w)
+    return _product_and_sums(xp, x, w)
+
+
+def _product_and_sums(xp: Module, x: Array, w: Array) -> Pair | None:
+    kind = cpp_type(w)
+    if kind is None or w.ndim != 2:
+        return None
+    column_sums = chains.Chain(kind, (chains.Input("each", False),), (), (), (0,))
+    sums = chains.run(column_sums, w.shape, xp, w)
+    return None if sums is None else (_product(xp, x, w), sums[0])
+
+
+def _sums_in_float32(xp: Module, way: _Way, x: Array, w: Array) -> bool:
+    _, sums = _WITH_SUMS.launch(xp, way, x, _full_like(xp, w, 1))
+    return _are_sums(sums, len(w))
+
+
+_WITH_SUMS = _Fusion(
+    "matmul_with_sums",
+    Epilogue.BGRADA,
+    _new_sums,
+    lambda sums, _x, _w: (sums,),
+    _product_and_sums,
+    _sums_in_float32,
 )
