@@ -196,8 +196,10 @@ def linear_relu_with_mask(xp: Module, x: Array, w: Array, b: Array, *, above: in
 def matmul_linear_relu_grad(xp: Module, g: Array, w: Array, y: Array, mask: Array) -> Pair | None:
     """Return `linear_relu_grad` of g @ w and y: the gradient below a ReLU, and its column sums.
 
-    g (n, k), w (k, o), y (n, o) and the mask are of `linear_relu_with_mask`'s making or y's alone.
+    g is (n, k), w (k, o), y (n, o), C-contiguous; the mask is of `linear_relu_with_mask`'s making.
     """
+    if cpp_type(y) is None:  # it would be declined below, after the product
+        return None
     if mask.size:
         device = _device_for(xp, g, w, y)
         verdict = device and _verdict(device, _RELU_GRAD, xp, g, w, y, mask)
@@ -240,8 +242,6 @@ def _without_mask(xp: Module, x: Array, w: Array, b: Array) -> Pair | None:
 def _relu_grad_of_product(
     xp: Module, g: Array, w: Array, y: Array, _mask: Any = None
 ) -> Pair | None:
-    if cpp_type(y) is None:  # declined before there is a product
-        return None
     return linear_relu_grad(xp, _product(xp, g, w), y)
 
 
@@ -315,6 +315,8 @@ def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
 
     x (n, k), w (k, o), of one floating type, w C-contiguous. The sums are accumulated in float32.
     """
+    if w.ndim != 2 or cpp_type(w) is None:
+        return None
     device = _device_for(xp, x, w)
     verdict = device and _verdict(device, _WITH_SUMS, xp, x, w)
     if verdict and verdict.way is not None and verdict.fused < verdict.plain:
@@ -323,10 +325,7 @@ def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
 
 
 def _product_and_sums(xp: Module, x: Array, w: Array) -> Pair | None:
-    kind = cpp_type(w)
-    if kind is None or w.ndim != 2:
-        return None
-    column_sums = chains.Chain(kind, (chains.Input("each", False),), (), (), (0,))
+    column_sums = chains.Chain(str(cpp_type(w)), (chains.Input("each", False),), (), (), (0,))
     sums = chains.run(column_sums, w.shape, xp, w)
     return None if sums is None else (_product(xp, x, w), sums[0])
 

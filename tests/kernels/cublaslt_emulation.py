@@ -125,13 +125,14 @@ class FakeCublasLt:
     keeps_nan   whether the RELU epilogue keeps NaN; the real one is said not to.
     marks_nan   whether the mask of a RELU_AUX epilogue lets NaN pass; marks_zero: or 0.
     multiplies  whether the DRELU epilogue multiplies by the mask, so that NaN stays.
+    sums_in_type  whether the gradient of a bias is accumulated in its own type.
     failing     pairs (epilogue, algorithm) whose launch fails.
     unusable    algorithms that the heuristic and the check answer with a state of failure.
     """
 
     def __init__(self, *, found: int = 3, keeps_nan: bool = False, version: int = 131000) -> None:
         self.found, self.keeps_nan = found, keeps_nan
-        self.marks_nan = self.marks_zero = self.multiplies = False
+        self.marks_nan = self.marks_zero = self.multiplies = self.sums_in_type = False
         self.algorithms: dict[int, int] = {}
         self.failing: set[tuple[int, int]] = set()
         self.unusable: set[int] = set()
@@ -305,7 +306,10 @@ class FakeCublasLt:
                 passes = read_mask(bits, d.rows)
                 y = y * passes if self.multiplies else np.where(passes, y, 0)
             if epilogue & (16 | 256):
-                beside[...] = (y if epilogue & 16 else left).sum(2, keepdims=True)
+                terms = y if epilogue & 16 else left
+                if self.sums_in_type:
+                    terms = np.add.accumulate(terms.astype(d.dtype), 2)[..., -1:]
+                beside[...] = terms.sum(2, keepdims=True)
             return y
 
         return finish

@@ -16,7 +16,7 @@ import tapegrad as tg
 from tapegrad.kernels import cublaslt, epilogues, gemm, gemm_plan
 from tests.fake_cupy import FakeCupy
 
-PLAIN, BIAS, WITH_MASK, RELU_GRAD, CUPY = 1, 4, 134, 152, 0  # epilogues as the fake reports them
+PLAIN, WITH_MASK, RELU_GRAD, SUMS, CUPY = 1, 134, 152, 256, 0  # epilogues as the fake has them
 FLOAT = pytest.mark.parametrize(
     "dtype", ["f4", "f2", ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name
 )
@@ -57,7 +57,8 @@ def meaning(x, w, b, g, above):
 def timed(**seconds):
     """Return times by epilogue, of every algorithm or of each."""
     names = {"plain": PLAIN, "with_mask": WITH_MASK, "relu_grad": RELU_GRAD, "cupy": CUPY}
-    table = {names.get(name, 6): times for name, times in seconds.items()}
+    names["sums"] = SUMS
+    table = {names[name]: times for name, times in seconds.items()}
 
     def seconds_of(epilogue, algorithm):
         times = table.get(epilogue, 9)
@@ -364,3 +365,105 @@ def test_threads_do_not_take_each_others_mask(xp, tmp_path):
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+def test_bias_gradients_are_accumulated_in_float32(xp, tmp_path):
+    """In float16, 4000 ones would stop at 2048: no candidate where the library does so."""
+    ones = [np.ones(s, "f2") for s in ((4000, 1), (1, 2), (2,), (4000, 1), (2, 1))]
+    for in_type in (False, True):
+        made = FakeCublasLt(keeps_nan=True)
+        made.sums_in_type = in_type
+        folder = tmp_path / str(in_type)
+        with cublaslt_on_cpu(xp, folder, made, seconds=MASK_PAYS), kernels_on_cpu():
+            got, has_mask = both(xp, *ones)
+            assert has_mask is not in_type
+            assert_right(got, meaning(*ones), "f2")
+        with cublaslt_on_cpu(xp, folder, made, seconds=SUMS_PAY), kernels_on_cpu():
+            pair = np.ones((4000, 2), "f2")
+            np.testing.assert_array_equal(with_sums(xp, pair, pair)[1], [4000, 4000])
+            assert (SUMS in {key[0] for key in made.timer.timed}) is not in_type
+
+
+# ---- the gradients of weights and of a bias
+
+
+SUMS_PAY = timed(plain=4, sums=3)
+
+
+def with_sums(xp, x, g):
+    """Return x.T @ g and the sums of g's columns, as NumPy's."""
+    return [a.get() for a in epilogues.matmul_with_sums(xp, fake(x).T, fake(g))]
+
+
+@FLOAT
+@pytest.mark.parametrize("shape", [(6, 5, 8), (2, 3, 2), (300, 17, 33), (1, 2, 3)])
+def test_values_of_a_product_and_sums(xp, tmp_path, dtype, shape):
+    n, i, o = shape
+    x, g = integers(n, i, dtype=dtype), integers(n, o, dtype=dtype, seed=1)
+    want = x.T.astype("f8") @ g.astype("f8"), g.astype("f8").sum(0)
+    for pays in (True, False):
+        seconds = timed(plain=4, sums=3 if pays else 4)
+        made = FakeCublasLt()
+        with cublaslt_on_cpu(xp, tmp_path / str(pays), made, seconds=seconds), kernels_on_cpu():
+            for _ in range(2):
+                assert_right(with_sums(xp, x, g), want, dtype)
+            assert made.launches[-1].epilogue == (SUMS if pays else PLAIN)
+            assert n == 1 or made.launches[-1].transposed == (0, 1)  # read where it lies
+
+
+def test_the_fastest_way_to_the_sums(xp, tmp_path):
+    x, g = integers(6, 5), integers(6, 8, seed=1)
+    for number, (seconds, want) in enumerate(
+        [
+            (timed(plain=4, sums=[9, 3, 9]), (SUMS, 1)),
+            (timed(plain=[9, 9, 2], sums=3), (PLAIN, 2)),
+            (timed(plain=4, sums=3, cupy=2), None),
+        ]
+    ):
+        made = FakeCublasLt()
+        with cublaslt_on_cpu(xp, tmp_path / str(number), made, seconds=seconds), kernels_on_cpu():
+            with_sums(xp, x, g)
+            before = len(made.launches)
+            assert_right(with_sums(xp, x, g), (x.T @ g, g.sum(0)))
+            launched = [(c.epilogue, c.algorithm) for c in made.launches[before:]]
+            assert launched == ([] if want is None else [want])
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        (np.ones((6, 5)), np.ones((6, 8))),
+        (np.ones((6, 1), "f4"), np.ones((6, 8), "f4")),
+        (np.ones((6, 5), "f4"), np.ones((6, 1), "f4")),
+    ],
+    ids=["float64", "one row", "one column"],
+)
+def test_sums_that_are_declined_go_the_plain_way(xp, tmp_path, arrays):
+    made = FakeCublasLt()
+    with cublaslt_on_cpu(xp, tmp_path, made, seconds=SUMS_PAY), kernels_on_cpu():
+        x, g = arrays
+        assert_right(with_sums(xp, x, g), (x.T @ g, g.sum(0)), x.dtype)
+    assert SUMS not in epilogues_of(made)
+
+
+def test_sums_that_no_kernel_takes(xp, tmp_path):
+    x, g = integers(6, 5), integers(6, 8)
+    with cublaslt_on_cpu(xp, tmp_path) as made, kernels_on_cpu():
+        for arrays in ((x.T, np.asfortranarray(g)), (x.T.astype("i4"), g.astype("i4"))):
+            assert epilogues.matmul_with_sums(xp, *map(fake, arrays)) is None
+        assert made.launches == []
+
+
+def test_no_sums_are_decided_on_during_a_capture(xp, tmp_path):
+    x, g = integers(6, 5), integers(6, 8, seed=1)
+    made = FakeCublasLt()
+    with cublaslt_on_cpu(xp, tmp_path, made, seconds=SUMS_PAY), kernels_on_cpu():
+        gemm.matmul(xp, fake(x).T, fake(g))
+        made.capturing = True
+        assert_right(with_sums(xp, x, g), (x.T @ g, g.sum(0)))
+        assert SUMS not in epilogues_of(made)
+        made.capturing = False
+        with_sums(xp, x, g)
+        made.capturing = True
+        assert_right(with_sums(xp, x, g), (x.T @ g, g.sum(0)))
+        assert made.launches[-1].epilogue == SUMS
