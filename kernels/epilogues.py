@@ -122,6 +122,12 @@ class _Verdict(NamedTuple):
     way: _Way | None
 
 
+def _are_matrices(*arrays: Array) -> bool:
+    """Tell whether arrays are matrices of one floating type, the last such as our kernels take."""
+    alike = all(a.ndim == 2 and a.dtype == arrays[0].dtype for a in arrays)
+    return alike and cpp_type(arrays[-1]) is not None
+
+
 def _device_for(xp: Module, *arrays: Array) -> _Device | None:
     """Return the device whose cuBLASLt may fuse something into x @ w; None where it may not.
 
@@ -159,11 +165,14 @@ def _verdict(device: _Device, fusion: _Fusion, xp: Module, *arrays: Array) -> _V
     return found
 
 
-def _full_like(xp: Module, array: Array, value: float) -> Array:
-    """Return an array laid out as another: CuPy fills none of bfloat16 with NaN."""
+def _full_like(xp: Module, array: Array, value: float, beside: float | None = None) -> Array:
+    """Return an array laid out as another, with one value in it, or another from column 1 on."""
+    host = np.full(array.shape, value, array.dtype)
+    if beside is not None:
+        host[:, 1:] = beside
     if array.flags.c_contiguous:
-        return xp.asarray(np.full(array.shape, value, array.dtype))
-    return _full_like(xp, array.T, value).T
+        return xp.asarray(host)
+    return xp.asarray(np.ascontiguousarray(host.T)).T
 
 
 def _are_sums(sums: Array, counts: Any) -> bool:
@@ -198,7 +207,7 @@ def matmul_linear_relu_grad(xp: Module, g: Array, w: Array, y: Array, mask: Arra
 
     g is (n, k), w (k, o), y (n, o), C-contiguous; the mask is of `linear_relu_with_mask`'s making.
     """
-    if cpp_type(y) is None:  # it would be declined below, after the product
+    if not _are_matrices(g, w, y):  # it would be declined below, after the product
         return None
     if mask.size:
         device = _device_for(xp, g, w, y)
@@ -247,7 +256,9 @@ def _relu_grad_of_product(
 
 def _product(xp: Module, x: Array, w: Array) -> Array:
     y = gemm.matmul(xp, x, w)
-    return xp.matmul(x, w) if y is None else y
+    if y is None:
+        y = xp.matmul(x, w, out=xp.empty((len(x), w.shape[1]), x.dtype))
+    return y
 
 
 def _new_mask(xp: Module, rows: int, columns: int, dtype: Any) -> Array:
@@ -283,9 +294,8 @@ def _follows_the_mask(xp: Module, way: _Way, g: Array, w: Array, y: Array, mask:
     gz, _ = _RELU_GRAD.launch(xp, way, _full_like(xp, g, np.nan), w, y, mask)
     if not xp.where(passes, _is_nan(xp, gz), gz.astype(np.float32) == 0).all():
         return False
-    ones = _full_like(xp, g, 0)
-    ones[:, 0] = 1
-    _, gb = _RELU_GRAD.launch(xp, way, ones, _full_like(xp, w, 1), y, mask)
+    one, ones = _full_like(xp, g, 1, beside=0), _full_like(xp, w, 1)
+    _, gb = _RELU_GRAD.launch(xp, way, one, ones, y, mask)
     return _are_sums(gb, passes.sum(0))
 
 
@@ -315,7 +325,7 @@ def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
 
     x (n, k), w (k, o), of one floating type, w C-contiguous. The sums are accumulated in float32.
     """
-    if w.ndim != 2 or cpp_type(w) is None:
+    if not _are_matrices(x, w):
         return None
     device = _device_for(xp, x, w)
     verdict = device and _verdict(device, _WITH_SUMS, xp, x, w)

@@ -237,8 +237,12 @@ def test_what_no_kernel_takes(xp, tmp_path):
         for arrays in ((x, w, b[:4]), (x, w, b.astype("f8")), (x[0], w, b), (x, x, b)):
             assert epilogues.linear_relu_with_mask(xp, *map(fake, arrays), above=4) is None
         mask = xp.empty((0,), np.uint8)
-        got = epilogues.matmul_linear_relu_grad(xp, *map(fake, (g, above.T, y)), mask)
-        assert got is None
+        rows = np.ascontiguousarray(y)
+        for arrays in [
+            (g, above.T, y), (g, above.T, rows.astype("f8")), (g, above.T.astype("f8"), rows),
+            (g[None], above.T, rows), (g, above.T, rows[0]),
+        ]:  # fmt: skip
+            assert epilogues.matmul_linear_relu_grad(xp, *map(fake, arrays), mask) is None
 
 
 def test_without_the_library(xp, monkeypatch):
@@ -449,7 +453,10 @@ def test_sums_that_are_declined_go_the_plain_way(xp, tmp_path, arrays):
 def test_sums_that_no_kernel_takes(xp, tmp_path):
     x, g = integers(6, 5), integers(6, 8)
     with cublaslt_on_cpu(xp, tmp_path) as made, kernels_on_cpu():
-        for arrays in ((x.T, np.asfortranarray(g)), (x.T.astype("i4"), g.astype("i4"))):
+        for arrays in [
+            (x.T, np.asfortranarray(g)), (x.T.astype("i4"), g.astype("i4")), (x.T, g.astype("f8")),
+            (x.T[None], g), (x.T, g[None]),
+        ]:  # fmt: skip
             assert epilogues.matmul_with_sums(xp, *map(fake, arrays)) is None
         assert made.launches == []
 
