@@ -280,5 +280,7 @@ def test_the_text_and_the_branches() -> None:
     )
     assert "matmul_linear_relu_grad(" in text
     (replay,) = step.programs
+    steps = replay._program.steps
+    assert [s.params["above"] for s in steps if s.name == WITH_MASK] == [4, 3]
     second = [x.step.name for x in replay._schedule.launches if x.branch == SECOND]
     assert second == [WITH_SUMS, "matmul"]

@@ -179,6 +179,7 @@ WRONG = {
 def test_what_is_not_right_is_no_candidate(xp, tmp_path, wrong):
     """NaN and 0 reach both products as the meaning says, though the epilogues would be faster."""
     arrays = layers()
+    arrays[2] += 0.5  # no sum is 0: that is what the probe is for
     special = [*map(np.copy, arrays)]
     special[0][1], special[0][2], special[2][:] = np.nan, 0, 0
     special[3][3] = np.inf
@@ -262,17 +263,27 @@ def test_no_timing_decides_where_that_is_asked_for(xp, tmp_path, monkeypatch):
         assert made.timer.timed == []
 
 
-def test_no_memory_to_time_in(xp, tmp_path):
+def test_no_memory_to_time_in(xp, tmp_path, monkeypatch):
     def seconds(epilogue, algorithm):
         if epilogue in (WITH_MASK, RELU_GRAD):
             raise MemoryError
         return 1.0
 
-    made = FakeCublasLt(keeps_nan=True)
-    with cublaslt_on_cpu(xp, tmp_path, made, seconds=seconds), kernels_on_cpu():
-        got, has_mask = both(xp, *layers())
-    assert not has_mask
-    assert_right(got, meaning(*layers()))
+    def zeros(shape, dtype, ready=xp.zeros):
+        if shape == (6, 4):
+            raise MemoryError
+        return ready(shape, dtype)
+
+    for process, clock in enumerate((seconds, MASK_PAYS)):
+        made = FakeCublasLt(keeps_nan=True)
+        folder = tmp_path / str(process)
+        with cublaslt_on_cpu(xp, folder, made, seconds=clock), kernels_on_cpu():
+            if clock is MASK_PAYS:  # but none for what stands for the gradient above
+                monkeypatch.setattr(xp, "zeros", zeros, raising=False)
+            got, has_mask = both(xp, *layers())
+        assert not has_mask
+        assert_right(got, meaning(*layers()))
+    assert {key[0] for key in made.timer.timed} >= {WITH_MASK}
 
 
 # ---- once, in this process and in the next
