@@ -3,7 +3,7 @@
 A layer's ReLU may leave a mask of one bit an element; the product that brings its gradient then
 lets pass what the mask says, and sums the bias's gradient on the way. The mask costs the one what
 it saves the other, or not: so both are timed with and without, and decided on together. A product
-may also sum its second operand's rows, which it reads anyway.
+may also sum the columns of its second operand, which it reads anyway.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class _Contest:
             if self._is_right(way):
                 yield Candidate(_FUSED, functools.partial(launch, way, *self._arrays), *algorithm)
 
-    def verdict(self) -> _Verdict:
-        """Return how long both ways take, and the faster algorithm of the one."""
+    def verdict(self) -> _Verdict | None:
+        """Return how long both ways take, by the fastest algorithm of the one."""
         times = self._device.times_of(self, self._xp)
         if times is None or not times.keys() >= {_FUSED, _PLAIN}:
-            return _Verdict(0.0, 0.0, None)
+            return None
         fused = times[_FUSED]
         way = self._way(fused.algorithm, fused.workspace)
         return _Verdict(fused.seconds, times[_PLAIN].seconds, way)
@@ -115,11 +115,11 @@ class _Contest:
 
 
 class _Verdict(NamedTuple):
-    """The seconds that a fusion takes and those without it; no way where it cannot be used."""
+    """The seconds that a fusion takes, by its fastest way, and those without it."""
 
     fused: float
     plain: float
-    way: _Way | None
+    way: _Way
 
 
 def _are_matrices(*arrays: Array) -> bool:
@@ -152,13 +152,13 @@ def _key(name: str, *arrays: Array) -> tuple[Any, ...]:
 
 
 def _verdict(device: _Device, fusion: _Fusion, xp: Module, *arrays: Array) -> _Verdict | None:
-    """Return the verdict on a fusion; None where it would have to be found during a capture."""
+    """Return the verdict on a fusion; None where it cannot be used, or not found in a capture."""
 
-    def decide() -> _Verdict:
+    def decide() -> _Verdict | None:
         x, w = arrays[:2]
         problem = gemm_plan.problem(x.shape, x.strides, w.shape, w.strides, x.itemsize)
         if problem is None:
-            return _Verdict(0.0, 0.0, None)
+            return None
         return _Contest(device, fusion, problem, xp, arrays).verdict()
 
     found: _Verdict | None = device.decision(xp, _key(fusion.name, *arrays), decide)
@@ -167,12 +167,11 @@ def _verdict(device: _Device, fusion: _Fusion, xp: Module, *arrays: Array) -> _V
 
 def _full_like(xp: Module, array: Array, value: float, beside: float | None = None) -> Array:
     """Return an array laid out as another, with one value in it, or another from column 1 on."""
-    host = np.full(array.shape, value, array.dtype)
+    made = xp.full(array.shape, value, np.float32)
     if beside is not None:
-        host[:, 1:] = beside
-    if array.flags.c_contiguous:
-        return xp.asarray(host)
-    return xp.asarray(np.ascontiguousarray(host.T)).T
+        made[:, 1:] = beside
+    made = made.astype(array.dtype)
+    return made if array.flags.c_contiguous else xp.ascontiguousarray(made.T).T
 
 
 def _are_sums(sums: Array, counts: Any) -> bool:
@@ -212,7 +211,7 @@ def matmul_linear_relu_grad(xp: Module, g: Array, w: Array, y: Array, mask: Arra
     if mask.size:
         device = _device_for(xp, g, w, y)
         verdict = device and _verdict(device, _RELU_GRAD, xp, g, w, y, mask)
-        if verdict and verdict.way is not None:
+        if verdict:
             return _RELU_GRAD.launch(xp, verdict.way, g, w, y, mask)
     return _relu_grad_of_product(xp, g, w, y)
 
@@ -225,19 +224,19 @@ def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _Way
 
     def decide() -> _Way | None:
         down = _verdict(device, _WITH_MASK, xp, x, w, b)
-        if down is None or down.way is None:
+        if down is None:
             return None
         try:
             with gemm_choice.scratch_memory(xp):
                 y, mask = _WITH_MASK.launch(xp, down.way, x, w, b)
+                # Of the shapes and the layout that they will have; no time depends on the values.
                 g = xp.zeros((len(x), above), x.dtype)
                 weights = xp.zeros((w.shape[1], above), x.dtype)
                 up = _verdict(device, _RELU_GRAD, xp, g, weights.T, y, mask)
         except MemoryError:
             return None
-        if up is None or up.way is None or down.fused + up.fused >= down.plain + up.plain:
-            return None
-        return down.way
+        pays = up is not None and down.fused + up.fused < down.plain + up.plain
+        return down.way if pays else None
 
     found: _Way | None = device.decision(xp, (above, *_key("mask", x, w, b)), decide)
     return found
@@ -329,7 +328,7 @@ def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
         return None
     device = _device_for(xp, x, w)
     verdict = device and _verdict(device, _WITH_SUMS, xp, x, w)
-    if verdict and verdict.way is not None and verdict.fused < verdict.plain:
+    if verdict and verdict.fused < verdict.plain:
         return _WITH_SUMS.launch(xp, verdict.way, x, w)
     return _product_and_sums(xp, x, w)
 
