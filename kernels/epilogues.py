@@ -229,7 +229,7 @@ def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _Way
         try:
             with gemm_choice.scratch_memory(xp):
                 y, mask = _WITH_MASK.launch(xp, down.way, x, w, b)
-                # Of the shapes and the layout that they will have: the values hardly count for the time.
+                # Of the shapes and the layout they will have; values hardly count for the time.
                 g = xp.zeros((len(x), above), x.dtype)
                 weights = xp.zeros((w.shape[1], above), x.dtype)
                 up = _verdict(device, _RELU_GRAD, xp, g, weights.T, y, mask)

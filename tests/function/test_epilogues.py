@@ -15,6 +15,7 @@ from tapegrad._function.schedule import SECOND
 from tapegrad.linear import sum_to
 from tests.function import test_graphs
 from tests.function.compiled import assert_same, rewritten
+from tests.function.programs import Training
 from tests.test_fused import assert_same as assert_same_derivatives
 from tests.test_fused import normal
 
@@ -284,3 +285,22 @@ def test_the_text_and_the_branches() -> None:
     assert [s.params["above"] for s in steps if s.name == WITH_MASK] == [4, 3]
     second = [x.step.name for x in replay._schedule.launches if x.branch == SECOND]
     assert second == [WITH_SUMS, "matmul"]
+
+
+@device
+@pytest.mark.filterwarnings("ignore:.*cannot be replayed as a CUDA graph")
+def test_random_programs() -> None:
+    """With these rewrites and without, bit for bit: the meanings compute the same."""
+    table = simplify.ENABLED - epilogues.REWRITES.keys()
+    seen: set[str] = set()
+    for seed in range(20):
+        found = []
+        for names in (table, {*table, *epilogues.REWRITES}):
+            training = Training(seed)
+            compiled = tg.function(training.step)
+            with rewritten(names):
+                found.append((training.run(compiled, 4), training.state()))
+            for replay in compiled.programs:
+                seen |= {step.name for step in replay._program.steps}
+        assert_same(*found)
+    assert {*FUSED} <= seen
