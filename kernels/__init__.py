@@ -19,6 +19,7 @@ from . import (
     optimizers,
     random,
     scatter_add,
+    small_gemm,
     softmax_cross_entropy,
 )
 from ._build import kernel_names
@@ -32,5 +33,6 @@ __all__ = [
     "optimizers",
     "random",
     "scatter_add",
+    "small_gemm",
     "softmax_cross_entropy",
 ]

@@ -24,11 +24,13 @@ from tapegrad.kernels import (
     optimizers,
     random,
     scatter_add,
+    small_gemm,
     softmax_cross_entropy,
 )
 from tests.kernels import test_dropout as dropout_meaning
 from tests.kernels import test_linear_relu as linear_meanings
 from tests.kernels import test_optimizers as optimizer_meanings
+from tests.kernels import test_small_gemm as small_meanings
 from tests.kernels import test_softmax_cross_entropy as loss_meanings
 
 from .conftest import on_device
@@ -81,6 +83,22 @@ def test_linear_relu(cupy: ModuleType, shape: tuple[int, int], dtype: Any) -> No
     got = host(linear_relu.linear_relu_grad(cupy, on_device(g), on_device(y)))
     for array, want in zip(got, linear_meanings.linear_relu_grad_meaning(g, y), strict=True):
         np.testing.assert_array_equal(array, want.astype(dtype), strict=True)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("side", small_meanings.SIDES)
+@pytest.mark.parametrize("layout", small_meanings.LAYOUTS)
+def test_small_gemm(cupy: ModuleType, layout: str, side: int, parts: int) -> None:
+    variant = small_gemm.Variant(side, parts)
+    for shape in [(1, 1, 1), (33, 300, 10), (64, 129, 12), (130, 70, 132)]:
+        x, w = small_meanings.operands(*shape, layout)
+        y, sums = (cupy.full(s, 7, "f4") for s in ((shape[0], shape[2]), (shape[2],)))
+        for after in small_meanings.afters(shape[0], shape[2]):
+            there = {k: v if v is True else on_device(v) for k, v in after.items()}
+            arrays = on_device(x), on_device(w), y
+            small_gemm.product(cupy, variant, *arrays, sums=sums, **there)
+            np.testing.assert_array_equal(host(y)[0], small_meanings.meaning(x, w, **after))
+            np.testing.assert_array_equal(host(sums)[0], w.sum(0))
 
 
 @pytest.mark.parametrize("classes", [1, 10, 33, 96, 257, 1000, 1025, 1032, 8200, 50257])
