@@ -127,6 +127,28 @@ def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
     np.testing.assert_array_equal(loss[0].astype("f8"), got[0].astype("f8"))
 
 
+@pytest.mark.parametrize("classes", [65536, 131071, 131072])
+@DTYPES
+def test_cross_entropies_of_few_long_rows(cupy: ModuleType, classes: int, dtype: Any) -> None:
+    """Several blocks for each row."""
+    x = loss_meanings.logits_of(2, classes, dtype)
+    labels = np.array([classes - 1, 5])
+    q = loss_meanings.probabilities_of(2, classes, dtype)
+    for smoothing in (0.0, 0.1):
+        options = {"label_smoothing": smoothing, "ignore_label": 5}
+        want = loss_meanings.label_meaning(x, labels, smoothing, 5)
+        arrays = on_device(x), on_device(labels)
+        got = host(softmax_cross_entropy.softmax_cross_entropy_with_grad(cupy, *arrays, **options))
+        loss_meanings.check(got, want, dtype)
+        (loss,) = host(softmax_cross_entropy.softmax_cross_entropy(cupy, *arrays, **options))
+        np.testing.assert_array_equal(loss.astype("f8"), got[0].astype("f8"))
+    arrays = on_device(x), on_device(q)
+    got = host(softmax_cross_entropy.probability_cross_entropy_with_grad(cupy, *arrays))
+    loss_meanings.check(got, loss_meanings.probability_meaning(x, q), dtype)
+    (loss,) = host(softmax_cross_entropy.probability_cross_entropy(cupy, *arrays))
+    np.testing.assert_array_equal(loss.astype("f8"), got[0].astype("f8"))
+
+
 @pytest.mark.parametrize("size", [1, 5, 257, 4100, 100_003])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("dtype", ["f4", "f8"])

@@ -162,6 +162,34 @@ def test_cross_entropy(case):
         check_cross_entropy(*case)
 
 
+def check_slices_of_cross_entropy():
+    rows, columns, slices = 5, 2**30, 2**16
+    x, dx = sparse(rows, columns), sparse(rows, columns)
+    loss, labels = np.empty(rows, "f4"), np.full(rows, columns - 1)
+    x[-1, -1] = 30
+    parts = np.zeros((rows, slices, 4), "f4")
+    parts[-1, :, 1] = columns // slices  # of zeros: each the sum of exp(0 - 0)
+    sizes = (np.int32(columns), np.int32(columns // slices))
+    extra = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1), None)
+    name = "tapegrad_label_cross_entropy"
+    run_end(
+        *(softmax_cross_entropy, f"{name}_scan<float, 1>", (slices, rows), (256,)),
+        *(x, labels, parts, *sizes, *extra),
+    )
+    run_end(
+        *(softmax_cross_entropy, f"{name}_finish<float, 1>", (slices, rows), (256,)),
+        *(x, labels, parts, loss, dx, *sizes, np.int32(slices), *extra),
+    )
+    log_sum = np.log(np.exp(30.0) + columns - 1)
+    np.testing.assert_allclose(dx[-1, -1], np.exp(30 - log_sum) - 1, 1e-3)
+    np.testing.assert_allclose(dx[-1, -2], np.exp(-log_sum), 1e-4)
+
+
+def test_slices_of_cross_entropy():
+    with kernels_on_cpu():
+        check_slices_of_cross_entropy()
+
+
 def check_sgd(width):
     count = PAST + 4 * 200 + 3
     p, g = sparse(count), sparse(count)
@@ -204,6 +232,21 @@ def check_short_cross_entropy():
     [
         ("xr = x + r * columns;", "xr = x + unsigned(r * columns);", check_long_cross_entropy),
         ("load<N>(x + r * columns", "load<N>(x + unsigned(r * columns)", check_short_cross_entropy),
+        (
+            "scan<N>(x + r * columns, target",
+            "scan<N>(x + unsigned(r * columns), target",
+            check_slices_of_cross_entropy,
+        ),
+        (
+            "write_gradient<N>(x + r * columns, dx",
+            "write_gradient<N>(x + unsigned(r * columns), dx",
+            check_slices_of_cross_entropy,
+        ),
+        (
+            "dx + r * columns, row, seen, begin",
+            "dx + unsigned(r * columns), row, seen, begin",
+            check_slices_of_cross_entropy,
+        ),
         ("load(const T *base, index_t pack)", "load(const T *base, unsigned pack)", check_sgd),
         (
             "index_t(o) * length + k : index_t(k)",
