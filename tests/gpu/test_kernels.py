@@ -151,9 +151,9 @@ def test_cross_entropies_of_few_long_rows(cupy: ModuleType, classes: int, dtype:
 
 @pytest.mark.parametrize("size", [1, 5, 257, 4100, 100_003])
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@DTYPES
 @pytest.mark.parametrize("name", optimizer_meanings.RULES)
-def test_optimizers(cupy: ModuleType, name: str, dtype: str, aligned: bool, size: int) -> None:
+def test_optimizers(cupy: ModuleType, name: str, dtype: Any, aligned: bool, size: int) -> None:
     _, launcher, _, _, keywords = optimizer_meanings.RULES[name]
     buffers, g = optimizer_meanings.buffers_of(name, size, dtype)
     hyper = [on_device(h) for h in optimizer_meanings.arguments_of(name)[0]]
@@ -164,8 +164,8 @@ def test_optimizers(cupy: ModuleType, name: str, dtype: str, aligned: bool, size
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 257], [100_003, 5]])
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_gradient_factor(cupy: ModuleType, dtype: str, sizes: list[int]) -> None:
+@DTYPES
+def test_gradient_factor(cupy: ModuleType, dtype: Any, sizes: list[int]) -> None:
     rng = np.random.default_rng(0)
     gradients = [rng.normal(size=n).astype(dtype) for n in sizes]
     norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in gradients)) / 2.0
@@ -247,7 +247,7 @@ OPTIONS = {"label_smoothing": 0.0, "ignore_label": None}
         (softmax_cross_entropy.probability_cross_entropy, (X, X.T.copy().T), {}),
         (scatter_add.scatter_add, (X.T, np.zeros(6, "i8")), {"rows": 2}),
         (scatter_add.scatter_add, (X, INDEX.astype("i4")), {"rows": 2}),
-        (optimizers.sgd, (X[0].astype("f2"), X[0].astype("f2"), np.array(0.1)), {}),
+        (optimizers.sgd, (X[0].astype("f2"), X[0], np.array(0.1)), {}),
         (optimizers.sgd, (X[0, ::2], X[0, ::2], np.array(0.1)), {}),
         (optimizers.sgd, (X[0], X[0], np.array(0.1, "f4")), {}),
         (elementwise.scale, (X, X.astype("f8")), {}),
