@@ -20,6 +20,7 @@ from . import (
     optimizers,
     random,
     scatter_add,
+    small_gemm,
     softmax_cross_entropy,
 )
 from ._build import kernel_names
@@ -34,5 +35,6 @@ __all__ = [
     "optimizers",
     "random",
     "scatter_add",
+    "small_gemm",
     "softmax_cross_entropy",
 ]

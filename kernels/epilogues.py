@@ -53,7 +53,8 @@ class _Fusion(NamedTuple):
         shape = x.shape[0], w.shape[1]
         if second is None:
             second = self.second(xp, *shape, x.dtype)
-        return way(xp, self.pointers(second, *arrays), xp.empty(shape, x.dtype), None), second
+        pointers = self.pointers(second, *arrays)
+        return way(xp, x, w, pointers, xp.empty(shape, x.dtype), None), second
 
     def pointers(self, second: Array, *arrays: Array) -> list[int]:
         """Return the addresses of what is read and written, but for the product."""

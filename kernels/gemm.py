@@ -15,7 +15,7 @@ import numpy as np
 
 from tapegrad.config import config
 
-from . import cublaslt, gemm_choice, gemm_plan
+from . import cublaslt, gemm_choice, gemm_plan, small_gemm
 from ._build import Array, Module
 from .cublaslt import DescriptorAttribute, Epilogue, PreferenceAttribute
 from .gemm_choice import Candidate, Timed
@@ -115,7 +115,7 @@ def product(
         way = plan.capturable
         if way is None:
             raise NotPlanned(f"cuBLASLt has no algorithm for {_text(operation, x, w)}")
-    return way(xp, pointers, xp.empty(plan.shape, dtype), b)
+    return way(xp, x, w, pointers, xp.empty(plan.shape, dtype), b)
 
 
 def _device_of(xp: Module, arrays: Sequence[Array]) -> _Device | None:
@@ -230,17 +230,31 @@ class _Way:
         self._workspace = workspace
         self._finish = finish
 
-    def __call__(self, xp: Module, pointers: list[int], y: Array, b: Array | None) -> Array:
+    def __call__(
+        self, xp: Module, x: Array, w: Array, pointers: list[int], y: Array, b: Array | None
+    ) -> Array:
         self._prepared.launch(xp, self._algorithm, self._workspace, pointers, y.data.ptr)
         return y if self._finish is None else self._finish(xp, y, b)
+
+
+class _SmallWay(NamedTuple):
+    """A kernel of our own, with all that follows inside."""
+
+    variant: small_gemm.Variant
+    relu: bool
+
+    def __call__(
+        self, xp: Module, x: Array, w: Array, pointers: list[int], y: Array, b: Array | None
+    ) -> Array:
+        return small_gemm.product(xp, self.variant, x, w, y, bias=b, relu=self.relu)
 
 
 class _Plan(NamedTuple):
     """How a product runs. None: as CuPy does it, which cannot be captured."""
 
     shape: tuple[int, ...]
-    fastest: _Way | None
-    capturable: _Way | None
+    fastest: _Way | _SmallWay | None
+    capturable: _Way | _SmallWay | None
 
 
 class _Chooser:
@@ -271,6 +285,12 @@ class _Chooser:
             name: _Prepared(device.library, device.handle, problem, kind, epilogue)
             for name, epilogue in epilogues.items()
         }
+        # In float32 where TF32 is allowed, too: nobody minds a product that is more exact.
+        relu = operation.fused is Epilogue.RELU_BIAS
+        self._small = {
+            variant.name: _SmallWay(variant, relu)
+            for variant in small_gemm.variants(x, w, device.multiprocessors)
+        }
         self.text = _key_text(operation.name, problem, kind_name, self._pointers)
 
     def untimed(self) -> _Plan:
@@ -288,16 +308,20 @@ class _Chooser:
     def timed(self, times: dict[str, Timed]) -> _Plan:
         """Return the plan that is fastest by such times of the ways."""
         chosen = []
-        for allowed in ({*self._prepared, "cupy"}, {*self._prepared}):
+        capturable = {*self._prepared, *self._small}
+        for allowed in ({*capturable, "cupy"}, capturable):
             # CuPy's own only where it is really faster: it costs more of Python's time.
             ranked = [(times[name].seconds, name == "cupy", name) for name in allowed & {*times}]
             name = min(ranked)[2] if ranked else "cupy"
-            chosen.append(None if name == "cupy" else self._way(name, *times[name][1:]))
+            way: _Way | _SmallWay | None = self._small.get(name)
+            if way is None and name != "cupy":
+                way = self._way(name, *times[name][1:])
+            chosen.append(way)
         return _Plan(self._shape, *chosen)
 
     def usable(self, times: dict[str, Timed]) -> bool:
         """Tell whether times are of these ways, and their algorithms such as can run here."""
-        return times.keys() <= {*self._prepared, "cupy"} and all(
+        return times.keys() <= {*self._prepared, *self._small, "cupy"} and all(
             self._device.can_run(self._prepared[name], timed)
             for name, timed in times.items()
             if name in self._prepared
@@ -310,6 +334,8 @@ class _Chooser:
                 way = self._way(name, *algorithm)
                 if not self._may_lose_nan(name) or self._keeps_nan(way):
                     yield Candidate(name, functools.partial(self._run, way), *algorithm)
+        for name, small in self._small.items():
+            yield Candidate(name, functools.partial(self._run, small))
         yield Candidate("cupy", self._run_cupy)
 
     def _algorithms(self, name: str, count: int) -> list[tuple[bytes, int]]:
@@ -323,8 +349,9 @@ class _Chooser:
     def _fresh(self) -> Array:
         return self._xp.empty(self._shape, self._arrays[0].dtype)
 
-    def _run(self, way: _Way) -> Array:
-        return way(self._xp, self._pointers, self._fresh(), self._arrays[2])
+    def _run(self, way: _Way | _SmallWay) -> Array:
+        x, w, b = self._arrays
+        return way(self._xp, x, w, self._pointers, self._fresh(), b)
 
     def _run_cupy(self) -> Array:
         x, w, b = self._arrays
@@ -336,10 +363,10 @@ class _Chooser:
 
     def _keeps_nan(self, way: _Way) -> bool:
         """Tell whether an algorithm's ReLU keeps NaN: most turn it into 0."""
-        b = self._arrays[2]
+        x, w, b = self._arrays
         nan = self._xp.asarray(np.full(b.shape, np.nan, b.dtype))
         try:
-            y = way(self._xp, [*self._pointers[:2], nan.data.ptr], self._fresh(), nan)
+            y = way(self._xp, x, w, [*self._pointers[:2], nan.data.ptr], self._fresh(), nan)
         except cublaslt.CublasLtError:
             return False
         return bool(self._xp.isnan(y.astype(np.float32)).all())
@@ -370,6 +397,7 @@ class _Device:
         properties = xp.cuda.runtime.getDeviceProperties(number)
         before = properties["major"] < _HOPPER
         self.workspace = _WORKSPACE_BEFORE_HOPPER if before else _WORKSPACE
+        self.multiprocessors = properties["multiProcessorCount"]
         self._facts = {
             "gpu": properties["name"].decode(),
             "driver": str(xp.cuda.runtime.driverGetVersion()),

@@ -15,7 +15,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK
-from tapegrad._flat_update import FlatUpdate, spares
+from tapegrad._flat_update import FlatUpdate, computed_in, spares
 from tapegrad._function.blocks import SoftmaxCrossEntropy
 from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers
@@ -993,10 +993,11 @@ def _flat_update(b: Lowering, step: Step) -> bool:
         return False
     arrays = [place.bind() for place in places]
     count = len(update.numbers(*[1 if x.dtype.kind == "i" else 0.5 for x in settings]))
-    numbers = [np.zeros((), dtype) for _ in range(count)]
+    wide = computed_in(dtype)
+    numbers = [np.zeros((), wide) for _ in range(count)]
     b.bound(_Numbers(update.numbers, numbers), *[b.memory_of(x) for x in settings])
-    scratch = spares(np, g.size, dtype)
-    if g.size <= BLOCK:
+    scratch = spares(np, g.size, wide)
+    if g.size <= BLOCK and dtype == wide:
         rule = functools.partial(update.rule, np, *arrays, scratch[0][: g.size], *numbers)
     else:
         rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from tapegrad import _backend
-from tapegrad.kernels import cublaslt, gemm
+from tapegrad.kernels import cublaslt, gemm, small_gemm
 from tests.fake_cupy import FakeArray, device
 
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
@@ -341,22 +341,37 @@ def cublaslt_on_cpu(
     *,
     seconds: Callable[[int, int], float] = lambda epilogue, algorithm: 1.0 - epilogue / 1000,
     major: int = 9,
+    small: bool = False,
 ) -> Iterator[FakeCublasLt]:
     """Let products on `xp`, a stand-in for CuPy, go through a fake cuBLASLt; yield the fake.
 
     folder   where times are kept.
-    seconds  the time that a launch of (epilogue, algorithm) takes; (0, 0) is CuPy's own product.
+    seconds  the time that a launch of (epilogue, algorithm) takes; (0, 0) is CuPy's own product,
+             (-side, parts) our own kernel for small matrices.
+    small    whether there are such kernels; they need `kernels_on_cpu`.
     """
     fake = fake or FakeCublasLt()
     library = cublaslt.Library(fake)
     fake.timer = FakeTimer(fake, seconds)
     runtime = xp.cuda.runtime
     runtime.getDevice = lambda: 0
-    runtime.getDeviceProperties = lambda number: {"name": b"NVIDIA Fake", "major": major}
+    properties = {"name": b"NVIDIA Fake", "major": major, "multiProcessorCount": 132}
+    runtime.getDeviceProperties = lambda number: properties
     runtime.driverGetVersion = lambda: 13000
     captures = runtime.streamIsCapturing
     runtime.streamIsCapturing = lambda stream: fake.capturing or captures(stream)
+    small_product = small_gemm.product
+
+    def noted(xp: Any, variant: small_gemm.Variant, *arrays: Any, **after: Any) -> Any:
+        y = small_product(xp, variant, *arrays, **after)
+        key = {"epilogue": -variant.side, "algorithm": variant.parts}
+        fake.launches.append(types.SimpleNamespace(**key))
+        return y
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_gemm, "product", noted)
+        if not small:
+            patch.setattr(small_gemm, "variants", lambda x, w, multiprocessors: [])
         patch.setitem(sys.modules, "cupy", xp)
         patch.setenv("TAPEGRAD_CACHE", str(folder))
         patch.setattr(cublaslt, "load", lambda: (library, ""))
