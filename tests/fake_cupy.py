@@ -31,14 +31,13 @@ class CudaError(RuntimeError):
 
 
 class Storage:
-    """Bytes of a device, and who touched them last: stamps (stream, tick)."""
+    """Bytes of a device, and who touched which of them last: (low, high, (stream, tick))."""
 
     def __init__(self, size, pool, stream):
         self.bytes = bytearray(b"\xff" * size)
         self.pool = pool
         self.stream = stream
-        self.written = None
-        self.read = {}
+        self.written, self.read = [], []
         self.handle = lambda: None  # of the array that they are now given to
 
 
@@ -194,6 +193,9 @@ class Address:
         storage = self.storage.bytes
         return np.ndarray(self.shape, self.dtype, storage, self.offset, self.strides)
 
+    def covers(self, touched):
+        return self.low <= touched[0] and touched[1] <= self.high
+
     def meets(self, other):
         same = self.storage is other.storage
         return same and self.low < other.high and other.low < self.high
@@ -287,8 +289,8 @@ class Graph:
                 outside = private is None or address.storage.pool() is not private
                 if outside and address.handle() is None:
                     raise CudaError(f"{node.name} touches memory that was given back")
-            reads += [x.storage for x in node.inputs]
-            writes += [x.storage for x in node.written]
+            reads += node.inputs
+            writes += node.written
         device.touch(stream, "the graph", reads, writes)
         for node in self._nodes:
             node.launch()
@@ -336,21 +338,25 @@ class Device:
         clock = dict(stream.clock)
         _merge(clock, self.host_clock)
 
-        def check(stamp, what):
-            if self.checks and stamp is not None and clock.get(stamp[0], 0) < stamp[1]:
-                raise CudaError(f"{name} {what} on another stream, and did not wait for that")
+        def check(address, touched, what):
+            for low, high, (other, tick) in touched:
+                if low < address.high and address.low < high and clock.get(other, 0) < tick:
+                    raise CudaError(f"{name} {what} on another stream, and did not wait for that")
 
-        for storage in {id(s): s for s in reads}.values():
-            check(storage.written, "reads what is written")
-        for storage in {id(s): s for s in writes}.values():
-            check(storage.written, "writes what is written")
-            for stamp in storage.read.items():
-                check(stamp, "writes what is read")
+        for address in reads if self.checks else ():
+            check(address, address.storage.written, "reads what is written")
+        for address in writes if self.checks else ():
+            check(address, address.storage.written, "writes what is written")
+            check(address, address.storage.read, "writes what is read")
         stamp = stream._tick()
-        for storage in reads:
-            storage.read[stamp[0]] = stamp[1]
-        for storage in writes:
-            storage.written, storage.read = stamp, {}
+        for address in reads:
+            read = address.storage.read
+            read[:] = [x for x in read if x[2][0] != stamp[0] or not address.covers(x)]
+            read.append((address.low, address.high, stamp))
+        for address in writes:
+            for touched in (address.storage.written, address.storage.read):
+                touched[:] = [x for x in touched if not address.covers(x)]
+            address.storage.written.append((address.low, address.high, stamp))
 
     def empty(self, shape, dtype):
         dtype = np.dtype(float if dtype is None else dtype)
@@ -387,9 +393,8 @@ class Device:
             if capture is not None:
                 capture.nodes.append(Node(name, run, inputs, outputs, written, stream))
             else:
-                storages = [handle_of(x).storage for x in inputs]
-                new = [handle_of(y).storage for y in outputs]
-                self.touch(stream, name, storages, [storages[i] for i in written] + new)
+                read, new = ([Address(x) for x in arrays] for arrays in (inputs, outputs))
+                self.touch(stream, name, read, [read[i] for i in written] + new)
         return answer
 
     def _given(self, value, outputs):
@@ -438,7 +443,7 @@ class Device:
     def to_host(self, array):
         """Copy an array to the host, which waits for its stream."""
         if self.stream.capture is None:
-            self.touch(self.stream, "a copy to the host", [handle_of(array).storage], [])
+            self.touch(self.stream, "a copy to the host", [Address(array)], [])
         self.wait_for_host(self.stream)
         self.host_reads += 1
         return np.array(_plain_view(array))
@@ -584,7 +589,11 @@ for _name in METHODS.split():
         def function(x, *args, **kwargs):
             return getattr(x, _name)(*args, **kwargs)
 
-        return device.call(_name, function, (self, *inputs), options)
+        out = options.get("out")
+        answer = device.call(
+            _name, function, (self, *inputs), options, None if out is None else [out]
+        )
+        return answer if out is None else out
 
     setattr(FakeArray, _name, _method)
 FakeArray.__name__, FakeArray.__module__ = "ndarray", "cupy"

@@ -9,6 +9,7 @@ patterns    what people write by hand, found and replaced by the fused primitive
 algebra     small identities;
 chains      on a GPU, elementwise steps gathered into one kernel each;
 layout      how values of small networks are stored.
+gradients   which are computed where an optimiser gathers them.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
 blocks      runs of elementwise calls on large arrays, block by block over threads.
 memory      which arrays lie where in one arena.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tapegrad import _backend, _storage
 from tapegrad._backend import Array, Module, byte_bounds, owner_of
+from tapegrad._function.gradients import gathered
 from tapegrad._function.graphs import Graph, Workplace
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.replay import Replay, Writes, _tensor
@@ -50,6 +51,7 @@ class DeviceReplay(Replay):
         _move_constants(program, self._xp)
         _skip_known_checks(program)
         self._schedule = Schedule(program, self._first_write)
+        self._destinations = gathered(program)
         self._given_out = [x for x in program.output_values() if x.kind in ("result", "read")]
         self._around = Writes(
             program.written(),
@@ -101,7 +103,8 @@ class DeviceReplay(Replay):
             # A view of a Variable keeps its values: the program's own writes would change them.
             arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
         if not graphs:
-            results = Launches(self._schedule, arrays).run(self._given_out, self._around)
+            launches = Launches(self._schedule, self._destinations, arrays)
+            results = launches.run(self._given_out, self._around)
             return [a.copy() if _is_shared(a, arrays) else a for a in results]
         place = Workplace(self._xp)
         # Laid out as the graph's own inputs will be: for others there may be other kernels to build
@@ -123,7 +126,7 @@ class DeviceReplay(Replay):
         self, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
     ) -> list[Array]:
         """Launch the program in a workplace; return what is given out of it."""
-        self._current = Launches(self._schedule, inputs, place)
+        self._current = Launches(self._schedule, self._destinations, inputs, place)
         return self._current.run(self._given_out, around)
 
     def _warm_up(self, place: Workplace, issue: Issue, arrays: Sequence[Array]) -> list[Array]:
@@ -206,7 +209,7 @@ class DeviceReplay(Replay):
         stacks = [xp.empty((feed.count, *x.shape), x.dtype) for x in values]
         for k in range(feed.count):
             batch = [xp.take(x, places[k], axis=0) for x in feed.arrays]
-            self._current = Launches(self._schedule, batch, place)
+            self._current = Launches(self._schedule, self._destinations, batch, place)
             for stack, y in zip(stacks, self._current.run(values, around), strict=True):
                 stack[k] = y
         return stacks
@@ -278,15 +281,22 @@ class _Loop:
 class Launches:
     """One run through a schedule's launches: the values, and where they lie.
 
+    destinations  where values are to be written, if the kernel can: gradients, to where they are
+             gathered.
     place    with streams for both branches; None for all on the caller's stream.
     step     the step that is being launched.
     on_host  a step that took or gave an array of NumPy, which no graph can hold.
     """
 
     def __init__(
-        self, schedule: Schedule, inputs: Sequence[Array], place: Workplace | None = None
+        self,
+        schedule: Schedule,
+        destinations: Mapping[Value, Array],
+        inputs: Sequence[Array],
+        place: Workplace | None = None,
     ) -> None:
         self._schedule = schedule
+        self._destinations = destinations
         self._inputs = inputs
         self._place = place
         self._arrays: dict[Value, Array] = {}
@@ -343,7 +353,7 @@ class Launches:
         if isinstance(primitive, Update):
             primitive.compute([*(v._array for v in step.writes), *arrays], step.params)
         else:
-            found = primitive.compute(arrays, step.params)
+            found = primitive.compute(arrays, step.params, self._out(step))
             outputs = found if isinstance(primitive, MultiPrimitive) else (found,)
             self._arrays.update(zip(step.outputs, outputs, strict=True))
             arrays.extend(outputs)
@@ -360,9 +370,15 @@ class Launches:
             return self._inputs[x.source]
         return x.source._array
 
+    def _out(self, step: Step) -> list[Array | None] | None:
+        out = [self._destinations.get(y) for y in step.outputs]
+        return None if all(array is None for array in out) else out
+
     def _keep(self, x: Value, writes: Sequence[Variable]) -> None:
-        """Move a value out of the memory that is written next."""
+        """Move a value out of the memory that is written next, unless it is what is written."""
         array = self._array(x)
+        if array is self._destinations.get(x):
+            return
         if any(_overlap(array, v._array) for v in writes):
             self._arrays[x] = array.copy()
 
