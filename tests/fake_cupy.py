@@ -90,6 +90,10 @@ class Event:
         self.clock = {}
         self.capture = None
 
+    @property
+    def done(self):
+        return all(device.host_clock.get(s, 0) >= tick for s, tick in self.clock.items())
+
     def __del__(self):
         if self.capture is not None:
             self.capture.misses("an event")
@@ -304,6 +308,7 @@ class Device:
         self.pool = MemoryPool()
         self.host_clock = {}
         self.host_reads = 0
+        self.copies = {}  # to the host, that it has not waited for: by their stamps
         self.launches = 0
         self.launched_graphs = 0
         self.fails_to_launch = False
@@ -332,6 +337,10 @@ class Device:
         if stream.capture is not None:
             stream.capture.refuse("the host waits for a stream")
         _merge(self.host_clock, stream.clock)
+        for (other, tick), copy in list(self.copies.items()):
+            if self.host_clock.get(other, 0) >= tick:
+                copy()
+                del self.copies[other, tick]
 
     def touch(self, stream, name, reads, writes):
         """Check that what is read was written before, and what is written is needed no more."""
@@ -448,6 +457,16 @@ class Device:
         self.host_reads += 1
         return np.array(_plain_view(array))
 
+    def to_pinned(self, stream, array, out):
+        """Copy an array to pinned memory, where it is once the host has waited for its stream."""
+        if not isinstance(getattr(out.base, "obj", None), Pinned):
+            raise CudaError("a copy that is not waited for goes to memory that is not pinned")
+        if stream.capture is not None:
+            stream.capture.refuse("an array is copied to the host")
+        self.touch(stream, "a copy to the host", [Address(array)], [])
+        values = np.array(_plain_view(array))
+        self.copies[stream.ptr, stream.clock[stream.ptr]] = lambda: np.copyto(out, values)
+
     def from_host(self, value, dtype=None):
         """Copy NumPy's values to the device."""
         value = np.asarray(value, dtype)
@@ -456,6 +475,10 @@ class Device:
         y = self.empty(value.shape, value.dtype)
         self.call("fill", np.copyto, (y, value[()] if not value.ndim else _Host(value)), writes=[y])
         return y
+
+
+class Pinned(bytearray):
+    """Memory of the host that a device may write to."""
 
 
 class _Host:
@@ -532,6 +555,7 @@ class FakeArray(np.ndarray):
 
     def __getitem__(self, index):
         parts = index if isinstance(index, tuple) else (index,)
+        _wait_for_masks(parts)
         if not any(hasattr(part, "dtype") or isinstance(part, list) for part in parts):
             index = parts if any(part is Ellipsis for part in parts) else (*parts, Ellipsis)
         return device.call("getitem", lambda x, i: x[i], (self, index))
@@ -540,6 +564,7 @@ class FakeArray(np.ndarray):
         def write(x, i, y):
             x[i] = y
 
+        _wait_for_masks(index if isinstance(index, tuple) else (index,))
         device.call("setitem", write, (self, index, value), writes=[self])
 
     def __array__(self, dtype=None, copy=None):
@@ -548,8 +573,12 @@ class FakeArray(np.ndarray):
     def fill(self, value):
         device.call("fill", np.ndarray.fill, (self, value), writes=[self])
 
-    def get(self):
-        return device.to_host(self)
+    def get(self, stream=None, out=None, blocking=True):
+        if out is None:
+            return device.to_host(self)
+        device.to_pinned(stream or device.stream, self, out)
+        assert not blocking, "nobody asks for this"
+        return out
 
     def item(self, *index):
         return device.to_host(self).item(*index)
@@ -577,6 +606,12 @@ class FakeArray(np.ndarray):
     @property
     def device(self):
         return "<CUDA Device 0>"
+
+
+def _wait_for_masks(index):
+    """Wait for the device where an index is boolean: how many places it has is asked there."""
+    if any(isinstance(part, FakeArray) and part.dtype == bool for part in index):
+        device.wait_for_host(device.stream)
 
 
 METHODS = (
@@ -610,6 +645,7 @@ class FakeCupy(types.ModuleType):
             Event=Event,
             MemoryPool=MemoryPool,
             Stream=Stream,
+            alloc_pinned_memory=lambda size: Pinned(b"\x7f" * size),
             get_current_stream=lambda: device.stream,
             runtime=types.SimpleNamespace(
                 getDeviceCount=lambda: 1,

@@ -16,6 +16,7 @@ memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
 lease       results in the program's own memory, for who asks for it.
 schedule    on a GPU: the order of a program's steps on two branches, and who waits for whom.
+lookups     on a GPU: indices that a program computes, kept in range; who tells of others.
 device      their launching, one by one or as a CUDA graph.
 graphs      the capture of CUDA graphs, and their memory.
 checking    a function and its replay, run from the same state and compared.

@@ -13,8 +13,10 @@ from tapegrad import _backend, _storage
 from tapegrad._backend import Array, Module, byte_bounds, owner_of
 from tapegrad._function.gradients import gathered
 from tapegrad._function.graphs import Graph, Workplace
+from tapegrad._function.lookups import Lookups
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.replay import Replay, Writes, _tensor
+from tapegrad._function.rewrites import writes_last
 from tapegrad._function.schedule import MAIN, SECOND, START, Schedule
 from tapegrad._storage import lies_in_buffer
 from tapegrad.config import config
@@ -49,7 +51,9 @@ class DeviceReplay(Replay):
         for _, array in self._memory_of:
             _ = array.shape  # raises where a failed call has lost the Variable's values
         _move_constants(program, self._xp)
-        _skip_known_checks(program)
+        if not hasattr(self, "_lookups"):
+            self._lookups = Lookups(program, self._name, self._xp)
+            self._first_write = writes_last(program)
         self._schedule = Schedule(program, self._first_write)
         self._destinations = gathered(program)
         self._given_out = [x for x in program.output_values() if x.kind in ("result", "read")]
@@ -72,8 +76,7 @@ class DeviceReplay(Replay):
     def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
         """Run the program on the inputs' arrays; return the result in its structure."""
         with self._lock:
-            if self._placements != _storage.placements:
-                self._check_placements()
+            self._look_back()
             found = iter(self._results(arrays))
         leaves: list[Any] = []
         for x in self._program.outputs:
@@ -88,6 +91,12 @@ class DeviceReplay(Replay):
         kind = type(self._program.structure)
         return kind(leaves) if kind in (list, tuple) else leaves[0]
 
+    def _look_back(self) -> None:
+        """See to what has happened since the last call."""
+        self._lookups.look()
+        if self._placements != _storage.placements:
+            self._check_placements()
+
     def _results(self, arrays: Sequence[Array]) -> list[Array]:
         """Return what the program gives, in memory of the caller's own."""
         graphs = self._uses_graphs()
@@ -97,12 +106,13 @@ class DeviceReplay(Replay):
                 self._graph = self._capture(self._workplace, self._issue, inputs)
                 self.arena = 0 if self._graph is None else self._graph.nbytes
             if self._graph is not None:
-                return self._graph.launch(arrays, self._around)
+                return self._followed(self._graph.launch(arrays, self._around))
             graphs = False
         if self._writes:
             # A view of a Variable keeps its values: the program's own writes would change them.
             arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
         if not graphs:
+            self._lookups.at_once = True
             launches = Launches(self._schedule, self._destinations, arrays)
             results = launches.run(self._given_out, self._around)
             return [a.copy() if _is_shared(a, arrays) else a for a in results]
@@ -117,7 +127,7 @@ class DeviceReplay(Replay):
         return results
 
     def _uses_graphs(self) -> bool:
-        if self._why_plain is not None or not config.cuda_graphs:
+        if self._why_plain is not None or not config.cuda_graphs or config.debug:
             return False
         # A caller who captures a graph of their own gets the launches into it.
         return not self._xp.cuda.get_current_stream().is_capturing()
@@ -126,8 +136,9 @@ class DeviceReplay(Replay):
         self, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
     ) -> list[Array]:
         """Launch the program in a workplace; return what is given out of it."""
+        self._lookups.at_once = False
         self._current = Launches(self._schedule, self._destinations, inputs, place)
-        return self._current.run(self._given_out, around)
+        return self._current.run(self._given_out, around) + self._lookups.told
 
     def _warm_up(self, place: Workplace, issue: Issue, arrays: Sequence[Array]) -> list[Array]:
         """Launch a program where it will be captured."""
@@ -138,6 +149,12 @@ class DeviceReplay(Replay):
                 self._stay_plain("it computes with NumPy's arrays too", self._current.on_host)
         finally:
             self._current = None
+        return self._followed(results)
+
+    def _followed(self, results: list[Array]) -> list[Array]:
+        """Return the results of a launch without what tells of its lookups."""
+        if self._lookups.told:
+            self._lookups.follow(results.pop())
         return results
 
     def _capture(
@@ -168,8 +185,7 @@ class DeviceReplay(Replay):
         program is not replayed as a graph.
         """
         with self._lock:
-            if self._placements != _storage.placements:
-                self._check_placements()
+            self._look_back()
             if not self._uses_graphs():
                 return None
             stacks = self._stacks(feed, first)
@@ -194,7 +210,7 @@ class DeviceReplay(Replay):
             if loop.graph is None:
                 return None
         order = None if loop.order is feed.order else feed.order
-        results = loop.graph.launch([order, first], self._around)
+        results = self._followed(loop.graph.launch([order, first], self._around))
         loop.order = feed.order
         return results
 
@@ -203,6 +219,7 @@ class DeviceReplay(Replay):
     ) -> list[Array]:
         """Launch the program on batch after batch; return its results, stacked."""
         xp = self._xp
+        self._lookups.at_once = False
         order, position = inputs
         places = xp.take(order, position + xp.arange(feed.count), axis=0)
         values = list(self._program.output_values())
@@ -212,7 +229,7 @@ class DeviceReplay(Replay):
             self._current = Launches(self._schedule, self._destinations, batch, place)
             for stack, y in zip(stacks, self._current.run(values, around), strict=True):
                 stack[k] = y
-        return stacks
+        return stacks + self._lookups.told
 
     # ---- where there is no graph
 
@@ -242,6 +259,8 @@ class DeviceReplay(Replay):
             how = f"plain launches of {steps} steps: {self._why_plain}"
         elif not config.cuda_graphs:
             how = f"plain launches of {steps} steps: tg.config.cuda_graphs is False"
+        elif config.debug:
+            how = f"plain launches of {steps} steps: tg.config.debug is True"
         elif self._graph is None:
             how = f"{steps} steps{beside}, to be captured as a CUDA graph in the next calls"
         else:
@@ -402,14 +421,6 @@ def _move_constants(program: Program, xp: Module) -> None:
     for step in program.steps:
         step.inputs = tuple(map(here, step.inputs))
     program.outputs = list(map(here, program.outputs))
-
-
-def _skip_known_checks(program: Program) -> None:
-    """Let no step wait for a look at indices that are constants: they were fine when recorded."""
-    for step in program.steps:
-        indices = step.inputs[1:]
-        if step.name == "getitem" and indices and all(x.kind == "constant" for x in indices):
-            step.params = {**step.params, "in_range": True}
 
 
 def _overlap(a: Array, b: Array) -> bool:
