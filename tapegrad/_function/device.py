@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,10 @@ Issue = Callable[..., list[Array]]
 
 # What was warned of: each fit makes its function anew, of the same name.
 _told: set[tuple[str, str]] = set()
+
+
+# For how many feeds a program keeps a graph: training and validation, say. Each has memory.
+_MOST_LOOPS = 4
 
 
 class DeviceReplay(Replay):
@@ -66,7 +71,8 @@ class DeviceReplay(Replay):
         self._used = [x in used for x in program.inputs]
         self._workplace: Workplace | None = None
         self._graph: Graph | None = None
-        self._loop: _Loop | None = None
+        # A feed that nobody has any more takes its loop along.
+        self._loops: weakref.WeakKeyDictionary[Feed, _Loop] = weakref.WeakKeyDictionary()
         self._current: Launches | None = None  # what is being launched, for its errors
         self.arena = 0
         self.text = _listing(program, self._schedule)
@@ -195,14 +201,18 @@ class DeviceReplay(Replay):
         return [_tensor(next(found)) if type(x) is Value else x for x in self._program.outputs]
 
     def _stacks(self, feed: Feed, first: int) -> list[Array] | None:
-        loop = self._loop
+        loop = self._loops.pop(feed, None)
+        if loop is not None:
+            self._loops[feed] = loop  # the last to have been used
         issue = functools.partial(self._issue_many, feed)
-        if loop is None or loop.feed is not feed:
+        if loop is None:
             place = Workplace(self._xp)
             position = self._xp.full((), first, np.int64)
             results = self._warm_up(place, issue, [feed.order, position])
             if self._why_plain is None:
-                self._loop = _Loop(feed, place)
+                self._loops[feed] = _Loop(place, feed.count)
+                if len(self._loops) > _MOST_LOOPS:
+                    del self._loops[next(iter(self._loops))]
             return results
         if loop.graph is None:
             like = [feed.order, self._xp.empty((), np.int64)]
@@ -236,7 +246,8 @@ class DeviceReplay(Replay):
     def _stay_plain(self, cause: str, step: Step | None) -> None:
         where = "" if step is None else f" ({step.name} at {step.where})"
         self._why_plain = f"{cause}{where}"
-        self._workplace = self._graph = self._loop = None
+        self._workplace = self._graph = None
+        self._loops.clear()
         key = self._name, self._why_plain
         if key not in _told:
             _told.add(key)
@@ -266,9 +277,10 @@ class DeviceReplay(Replay):
         else:
             size = f"{self.arena / 2**10:.1f} KiB of its own memory"
             how = f"a CUDA graph of {steps} steps{beside}; {size}"
-        if self._loop is not None and self._loop.graph is not None:
-            size = f"{self._loop.graph.nbytes / 2**10:.1f} KiB"
-            how += f"; another of {self._loop.feed.count} batches, {size}"
+        for loop in self._loops.values():
+            if loop.graph is not None:
+                size = f"{loop.graph.nbytes / 2**10:.1f} KiB"
+                how += f"; another of {loop.count} batches, {size}"
         return f"# {self._name}: {how}\n{self.text}"
 
 
@@ -290,9 +302,9 @@ class Feed:
 class _Loop:
     """A graph of several steps on the batches of a feed, or what becomes one."""
 
-    def __init__(self, feed: Feed, place: Workplace) -> None:
-        self.feed = feed
+    def __init__(self, place: Workplace, count: int) -> None:
         self.place = place
+        self.count = count
         self.graph: Graph | None = None
         self.order: Array | None = None  # what the graph was given last
 
