@@ -9,7 +9,7 @@ may also sum the columns of its second operand, which it reads anyway.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from tapegrad.config import config
 
 from . import chains, cublaslt, gemm, gemm_choice, gemm_plan
-from ._build import Array, Module, cpp_type
+from ._build import Array, Module, cpp_type, result
 from .cublaslt import Epilogue
 from .gemm import _ALGORITHMS, _Device, _device_of, _key_text, _kind, _Prepared, _Way
 from .gemm_choice import Candidate, Timed
@@ -28,33 +28,35 @@ _EPSILONS = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 _FUSED, _PLAIN = "fused", "plain"
 
 Pair = tuple[Array, Array]
+Out = Sequence[Array | None]  # memory for the results, used where it is aligned and C-contiguous
+_NEW: Out = (None, None)
 
 
 class _Fusion(NamedTuple):
     """A product x @ w with an epilogue, which gives a second array beside it.
 
-    second    makes the memory of the second array: `second(xp, rows, columns, dtype)`.
+    second    returns shape and dtype of the second array: `second(rows, columns, dtype)`.
     beside    returns what the epilogue is given beside the matrices: `beside(second, *arrays)`.
-    plain     does the same without the epilogue: `plain(xp, *arrays)`; None where it declines.
+    plain     does the same without the epilogue: `plain(xp, *arrays, out=out)`; None where it
+              declines.
     is_right  tells whether an algorithm's values are those of the meaning where libraries differ:
               `is_right(xp, way, *arrays)`.
     """
 
     name: str
     epilogue: Epilogue
-    second: Callable[[Module, int, int, Any], Array]
+    second: Callable[[int, int, Any], tuple[tuple[int, ...], Any]]
     beside: Callable[..., tuple[Array, ...]]
     plain: Callable[..., Pair | None]
     is_right: Callable[..., bool]
 
-    def launch(self, xp: Module, way: _Way, *arrays: Array, second: Array | None = None) -> Pair:
+    def launch(self, xp: Module, way: _Way, *arrays: Array, out: Out = _NEW) -> Pair:
         """Run it by one algorithm."""
         x, w = arrays[:2]
         shape = x.shape[0], w.shape[1]
-        if second is None:
-            second = self.second(xp, *shape, x.dtype)
-        pointers = self.pointers(second, *arrays)
-        return way(xp, x, w, pointers, xp.empty(shape, x.dtype), None), second
+        y = result(xp, shape, x.dtype, out[0])
+        second = result(xp, *self.second(*shape, x.dtype), out[1])
+        return way(xp, x, w, self.pointers(second, *arrays), y, None), second
 
     def pointers(self, second: Array, *arrays: Array) -> list[int]:
         """Return the addresses of what is read and written, but for the product."""
@@ -76,8 +78,8 @@ class _Contest:
         kind_name, kind = _kind(x.dtype.name)
         self._device, self._fusion, self._xp, self._arrays = device, fusion, xp, arrays
         self._prepared = _Prepared(device.library, device.handle, problem, kind, fusion.epilogue)
-        second = fusion.second(xp, x.shape[0], w.shape[1], x.dtype)
-        self._pointers = fusion.pointers(second, *arrays)
+        shape, dtype = fusion.second(x.shape[0], w.shape[1], x.dtype)
+        self._pointers = fusion.pointers(xp.empty(shape, dtype), *arrays)
         self.text = _key_text(fusion.name, problem, kind_name, self._pointers)
 
     def usable(self, times: dict[str, Timed]) -> bool:
@@ -202,7 +204,9 @@ def linear_relu_with_mask(xp: Module, x: Array, w: Array, b: Array, *, above: in
     return _without_mask(xp, x, w, b)
 
 
-def matmul_linear_relu_grad(xp: Module, g: Array, w: Array, y: Array, mask: Array) -> Pair | None:
+def matmul_linear_relu_grad(
+    xp: Module, g: Array, w: Array, y: Array, mask: Array, out: Out = _NEW
+) -> Pair | None:
     """Return `linear_relu_grad` of g @ w and y: the gradient below a ReLU, and its column sums.
 
     g is (n, k), w (k, o), y (n, o), C-contiguous; the mask is of `linear_relu_with_mask`'s making.
@@ -213,8 +217,8 @@ def matmul_linear_relu_grad(xp: Module, g: Array, w: Array, y: Array, mask: Arra
         device = _device_for(xp, g, w, y)
         verdict = device and _verdict(device, _RELU_GRAD, xp, g, w, y, mask)
         if verdict:
-            return _RELU_GRAD.launch(xp, verdict.way, g, w, y, mask)
-    return _relu_grad_of_product(xp, g, w, y)
+            return _RELU_GRAD.launch(xp, verdict.way, g, w, y, mask, out=out)
+    return _relu_grad_of_product(xp, g, w, y, out=out)
 
 
 def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _Way | None:
@@ -249,24 +253,20 @@ def _without_mask(xp: Module, x: Array, w: Array, b: Array) -> Pair | None:
 
 
 def _relu_grad_of_product(
-    xp: Module, g: Array, w: Array, y: Array, _mask: Any = None
+    xp: Module, g: Array, w: Array, y: Array, _mask: Any = None, out: Out = _NEW
 ) -> Pair | None:
-    return linear_relu_grad(xp, _product(xp, g, w), y)
+    return linear_relu_grad(xp, _product(xp, g, w), y, out)
 
 
-def _product(xp: Module, x: Array, w: Array) -> Array:
-    y = gemm.matmul(xp, x, w)
+def _product(xp: Module, x: Array, w: Array, out: Array | None = None) -> Array:
+    y = gemm.matmul(xp, x, w, (out,))
     if y is None:
-        y = xp.matmul(x, w, out=xp.empty((len(x), w.shape[1]), x.dtype))
+        y = xp.matmul(x, w, out=result(xp, (len(x), w.shape[1]), x.dtype, out))
     return y
 
 
-def _new_mask(xp: Module, rows: int, columns: int, dtype: Any) -> Array:
-    return xp.empty(gemm_plan.mask_shape(rows, columns), np.uint8)
-
-
-def _new_sums(xp: Module, rows: int, columns: int, dtype: Any) -> Array:
-    return xp.empty((columns,), dtype)
+def _of_columns(rows: int, columns: int, dtype: Any) -> tuple[tuple[int, ...], Any]:
+    return (columns,), dtype
 
 
 def _keeps_nan_and_stops_zero(xp: Module, way: _Way, x: Array, w: Array, b: Array) -> bool:
@@ -278,7 +278,7 @@ def _keeps_nan_and_stops_zero(xp: Module, way: _Way, x: Array, w: Array, b: Arra
 
     def passed(*arrays: Array) -> tuple[Array, bool]:
         mask = xp.zeros(gemm_plan.mask_shape(len(x), w.shape[1]), np.uint8)
-        y, _ = _WITH_MASK.launch(xp, way, *arrays, second=mask)
+        y, _ = _WITH_MASK.launch(xp, way, *arrays, out=(None, mask))
         return y, bool(mask.any())
 
     y, marked = passed(x, w, _full_like(xp, b, np.nan))
@@ -302,7 +302,7 @@ def _follows_the_mask(xp: Module, way: _Way, g: Array, w: Array, y: Array, mask:
 _WITH_MASK = _Fusion(
     "linear_relu_with_mask",
     Epilogue.RELU_AUX_BIAS,
-    _new_mask,
+    lambda rows, columns, _: (gemm_plan.mask_shape(rows, columns), np.uint8),
     lambda mask, _x, _w, b: (b, mask),
     _without_mask,
     _keeps_nan_and_stops_zero,
@@ -310,7 +310,7 @@ _WITH_MASK = _Fusion(
 _RELU_GRAD = _Fusion(
     "matmul_linear_relu_grad",
     Epilogue.DRELU_BGRAD,
-    _new_sums,
+    _of_columns,
     lambda gb, _g, _w, _y, mask: (gb, mask),
     _relu_grad_of_product,
     _follows_the_mask,
@@ -320,7 +320,7 @@ _RELU_GRAD = _Fusion(
 # ---- a product that sums its second operand's columns: the gradients of weights and bias
 
 
-def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
+def matmul_with_sums(xp: Module, x: Array, w: Array, out: Out = _NEW) -> Pair | None:
     """Return x @ w and the sums of w's columns, or None for what no kernel was written for.
 
     x (n, k), w (k, o), of one floating type, w C-contiguous. The sums are accumulated in float32.
@@ -330,14 +330,14 @@ def matmul_with_sums(xp: Module, x: Array, w: Array) -> Pair | None:
     device = _device_for(xp, x, w)
     verdict = device and _verdict(device, _WITH_SUMS, xp, x, w)
     if verdict and verdict.fused < verdict.plain:
-        return _WITH_SUMS.launch(xp, verdict.way, x, w)
-    return _product_and_sums(xp, x, w)
+        return _WITH_SUMS.launch(xp, verdict.way, x, w, out=out)
+    return _product_and_sums(xp, x, w, out)
 
 
-def _product_and_sums(xp: Module, x: Array, w: Array) -> Pair | None:
+def _product_and_sums(xp: Module, x: Array, w: Array, out: Out = _NEW) -> Pair | None:
     column_sums = chains.Chain(str(cpp_type(w)), (chains.Input("each", False),), (), (), (0,))
-    sums = chains.run(column_sums, w.shape, xp, w)
-    return None if sums is None else (_product(xp, x, w), sums[0])
+    sums = chains.run(column_sums, w.shape, xp, w, out=out[1:])
+    return None if sums is None else (_product(xp, x, w, out[0]), sums[0])
 
 
 def _sums_in_float32(xp: Module, way: _Way, x: Array, w: Array) -> bool:
@@ -348,7 +348,7 @@ def _sums_in_float32(xp: Module, way: _Way, x: Array, w: Array) -> bool:
 _WITH_SUMS = _Fusion(
     "matmul_with_sums",
     Epilogue.BGRADA,
-    _new_sums,
+    _of_columns,
     lambda sums, _x, _w: (sums,),
     _product_and_sums,
     _sums_in_float32,

@@ -16,7 +16,7 @@ import numpy as np
 from tapegrad.config import config
 
 from . import cublaslt, gemm_choice, gemm_plan, small_gemm
-from ._build import Array, Module
+from ._build import Array, Module, result
 from .cublaslt import DescriptorAttribute, Epilogue, PreferenceAttribute
 from .gemm_choice import Candidate, Timed
 
@@ -57,13 +57,15 @@ MATMUL = Operation("matmul")
 LINEAR = Operation("linear", Epilogue.BIAS, _add_bias)
 
 
-def matmul(xp: Module, x: Array, w: Array) -> Array | None:
+def matmul(xp: Module, x: Array, w: Array, out: Sequence[Array | None] = (None,)) -> Array | None:
     """Return x @ w: matrices, or stacks of them that broadcast; or None for what CuPy must do.
 
     Of one floating dtype, in any layout; transposed operands are read where they lie. float16 and
     bfloat16 are accumulated in float32; float32 in TF32 where `tapegrad.config.tf32` allows it.
+
+    out  memory for the result, which is used where it is aligned and C-contiguous.
     """
-    return product(MATMUL, xp, x, w)
+    return product(MATMUL, xp, x, w, out=out[0])
 
 
 def linear(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
@@ -74,7 +76,12 @@ def linear(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
 
 
 def product(
-    operation: Operation, xp: Module, x: Array, w: Array, b: Array | None = None
+    operation: Operation,
+    xp: Module,
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    out: Array | None = None,
 ) -> Array | None:
     """Return what `operation` makes of x @ w and the bias b, or None for what CuPy must do.
 
@@ -103,7 +110,7 @@ def product(
             x, w = (
                 a if r else xp.ascontiguousarray(a) for a, r in zip((x, w), readable, strict=True)
             )
-            return product(operation, xp, x, w, b)
+            return product(operation, xp, x, w, b, out)
         problem = gemm_plan.problem(x.shape, x.strides, w.shape, w.strides, x.itemsize)
         if problem is None:
             return None
@@ -115,7 +122,7 @@ def product(
         way = plan.capturable
         if way is None:
             raise NotPlanned(f"cuBLASLt has no algorithm for {_text(operation, x, w)}")
-    return way(xp, x, w, pointers, xp.empty(plan.shape, dtype), b)
+    return way(xp, x, w, pointers, result(xp, plan.shape, dtype, out), b)
 
 
 def _device_of(xp: Module, arrays: Sequence[Array]) -> _Device | None:

@@ -195,7 +195,10 @@ adam_update = FlatUpdate("adam", _adam_rule, _adam_numbers, writes=3, kernel=ker
 
 def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...]) -> None:
     for place, g in zip(places, gradients, strict=True):
-        flat[place : place + g.size] = g.reshape(-1)
+        part = flat[place : place + g.size]
+        # A compiled program on a GPU may have computed it there.
+        if xp is np or g.data.ptr != part.data.ptr:
+            part[...] = g.reshape(-1)
 
 
 # Copy gradients to where their parameters stand in the flat buffer.

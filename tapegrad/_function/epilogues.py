@@ -126,6 +126,7 @@ matmul_linear_relu_grad: MultiPrimitive = multi_primitive(
     _grad_of_product,
     joint_vjp=_grad_of_product_vjp,
     kernel=kernels.matmul_linear_relu_grad,
+    fills=True,
 )
 
 
@@ -176,6 +177,7 @@ matmul_with_sums: MultiPrimitive = multi_primitive(
     lambda xp, x, w: (xp.matmul(x, w), sum_to.forward(xp, w, shape=w.shape[1:])),
     joint_vjp=_with_sums_vjp,
     kernel=kernels.matmul_with_sums,
+    fills=True,
 )
 
 
