@@ -182,7 +182,10 @@ matmul_with_sums: MultiPrimitive = multi_primitive(
 
 
 def _sum_beside_products(program: Program) -> None:
-    """Let a product sum the columns of its second factor, where a step of its own does."""
+    """Let a product sum the columns of its second factor, where a step of its own does.
+
+    A chain that makes the factor sums it for nothing: so this comes after the chains.
+    """
     if program.on_host:
         return
     uses = _Uses(program)
