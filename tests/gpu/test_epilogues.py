@@ -210,6 +210,7 @@ def test_a_training_step(
     if STAND_IN:
         library, _ = cublaslt.load()
         assert library is not None
-        used = {launch.epilogue for launch in library._functions.launches if not launch.scratch}
+        launches = [x for x in library._functions.launches if x.epilogue > 0]  # of cuBLASLt
+        used = {launch.epilogue for launch in launches if not launch.scratch}
         assert ({134, 152} <= used) is keeps_nan
         assert 256 in used
