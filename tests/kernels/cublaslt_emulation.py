@@ -87,6 +87,7 @@ def multiply(
     tf32: bool = False,
     bias: int | None = None,
     relu: Callable[..., Any] | None = None,
+    scales: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0),
 ) -> None:
     """Do d = epilogue(op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
     left, right = a.view(), b.view()
@@ -96,7 +97,10 @@ def multiply(
     right = right.swapaxes(1, 2) if transpose_b else right
     assert left.shape[2] == right.shape[1], "op(A) and op(B) do not fit"
     assert (left.shape[1], right.shape[2]) == (d.rows, d.columns), "D does not fit"
-    y = left.astype("f8") @ right.astype("f8")
+    alpha, beta = scales()
+    y = alpha * (left.astype("f8") @ right.astype("f8"))
+    if beta:  # else D may hold NaN
+        y = y + beta * d.view().astype("f8")
     if bias is not None:  # one value for each row of D
         y = y + Matrix(bias, d.dtype, d.rows, 1, d.rows).view().astype("f8")
     if relu is not None:
@@ -213,8 +217,9 @@ class FakeCublasLt:
         compute, scale = self.objects[desc].arguments
         attributes = self.objects[desc].attributes
         number = {0: ctypes.c_float, 1: ctypes.c_double}[scale]
-        assert number.from_address(alpha).value == 1.0
-        assert number.from_address(beta).value == 0.0
+        on_device = attributes.get(2, 0) == 1
+        scales = lambda: (number.from_address(alpha).value, number.from_address(beta).value)
+        assert on_device or scales() == (1.0, 0.0)
         assert (c, c_layout) == (d, d_layout)
         epilogue, index = ctypes.string_at(algorithm, 2)
         assert epilogue == attributes[7], "an algorithm of another epilogue"
@@ -241,11 +246,15 @@ class FakeCublasLt:
                 *(matrices[0], bool(attributes[3]), matrices[1], bool(attributes[4]), matrices[2]),
                 tf32=compute == 77,
                 bias=bias,
+                scales=scales,
                 relu=(lambda y: relu(y, 0)) if epilogue & 2 else None,
             )
             touched = [m.on_device() for m in matrices]
             if bias is not None:
                 touched.append(Matrix(bias, matrices[2].dtype, matrices[2].rows, 1, 1).on_device())
+            if on_device:
+                kind = np.dtype(number)
+                touched += [Matrix(a, kind, 1, 1, 1).on_device() for a in (alpha, beta)]
             if size:
                 touched.append(Matrix(workspace, np.uint8, size, 1, size).on_device())
             device.kernel("cublasLtMatmul", lambda views: launch(), touched)
