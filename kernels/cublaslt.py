@@ -53,6 +53,7 @@ class Epilogue(enum.IntEnum):
 class DescriptorAttribute(enum.IntEnum):
     """cublasLtMatmulDescAttributes_t."""
 
+    POINTER_MODE = 2
     TRANSPOSE_A = 3
     TRANSPOSE_B = 4
     EPILOGUE = 7
@@ -89,6 +90,8 @@ class PreferenceAttribute(enum.IntEnum):
     ALIGNMENT_C = 7
     ALIGNMENT_D = 8
 
+
+_ON_DEVICE = 1  # cublasLtPointerMode_t: where alpha and beta are read
 
 _STATUS = {
     1: "not initialized",
@@ -214,6 +217,11 @@ class Library:
             self._set("MatrixLayout", made, LayoutAttribute.BATCH_COUNT, ctypes.c_int32(batch))
             self._set("MatrixLayout", made, LayoutAttribute.BATCH_STRIDE, c_int64(stride))
         return made
+
+    def read_scales_on_device(self, descriptor: Owned) -> None:
+        """Let alpha and beta be addresses of the device's memory, read when the product runs."""
+        mode = ctypes.c_int32(_ON_DEVICE)
+        self._set("MatmulDesc", descriptor, DescriptorAttribute.POINTER_MODE, mode)
 
     def preference(self, attributes: dict[PreferenceAttribute, Any]) -> Owned:
         """Return what the algorithms must keep to."""

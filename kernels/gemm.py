@@ -199,16 +199,26 @@ class _Prepared:
             return self._library.algorithms(self.parts, preference, count)
 
     def launch(
-        self, xp: Module, algorithm: Any, workspace: int, pointers: list[int], result: int
+        self,
+        xp: Module,
+        algorithm: Any,
+        workspace: int,
+        pointers: list[int],
+        result: int,
+        scales: tuple[Any, Any] | None = None,
     ) -> None:
-        """Enqueue the product on the current stream."""
+        """Enqueue the product on the current stream.
+
+        scales  what the product and what the result held before are multiplied by, else 1 and 0.
+        """
+        alpha, beta = scales or (self._one, self._zero)
         handle, descriptor, a, b, d, _ = [part.pointer for part in self.parts]
         # A workspace of its own for each launch, from the pool: so streams, threads and captured
         # graphs never share one, and the memory is the graph's where the pool is.
         memory = xp.empty(workspace, np.uint8) if workspace else None
         arguments = (
-            *(handle, descriptor, self._one, pointers[1], a, pointers[0], b),
-            *(self._zero, result, d, result, d, algorithm),
+            *(handle, descriptor, alpha, pointers[1], a, pointers[0], b),
+            *(beta, result, d, result, d, algorithm),
             *(None if memory is None else memory.data.ptr, workspace),
             xp.cuda.get_current_stream().ptr,
         )

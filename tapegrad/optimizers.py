@@ -245,9 +245,11 @@ class _Group:
     """Variables that lie in one buffer, one after the other, with slots of the same layout."""
 
     def __init__(self, members: list[Variable], slots: Sequence[float]) -> None:
+        self._xp = xp = _backend.module_of((members[0]._array,))
+        if xp is not np:  # matrices first: what their products do not update is then in one piece
+            members = sorted(members, key=lambda v: v.ndim != 2)
         self.members = members
         first = members[0]
-        self._xp = xp = _backend.module_of((first._array,))
         self.dtype = first.dtype
         if len(members) == 1 and first._buffer.shared:  # packed by another optimiser: it stays
             self._places = [0]
@@ -529,7 +531,7 @@ class Optimizer:
         for members in [*together.values(), *groups]:
             group = _Group(members, start)
             self._groups.append(group)
-            self._place_of.update((v.id, (group, i)) for i, v in enumerate(members))
+            self._place_of.update((v.id, (group, i)) for i, v in enumerate(group.members))
         self._move_to(fresh[0])
 
     def _move_to(self, like: Variable) -> None:

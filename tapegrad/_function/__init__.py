@@ -8,6 +8,7 @@ simplify    the table of rewrites that can be switched off, in their order:
 patterns    what people write by hand, found and replaced by the fused primitives;
 algebra     small identities;
 chains      on a GPU, elementwise steps gathered into one kernel each;
+updates     on a GPU, weights that the product of their gradient updates;
 layout      how values of small networks are stored.
 gradients   which are computed where an optimiser gathers them.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.

@@ -711,7 +711,8 @@ SWITCHES = {
 
 
 def test_the_table_is_whole():
-    elsewhere = {"chains", "layout"}  # tests/kernels/test_chains.py, test_rewrites.py
+    # tests/kernels/test_chains.py, test_rewrites.py, tests/gpu/test_updates.py
+    elsewhere = {"chains", "layout", "updates"}
     elsewhere |= epilogues.REWRITES.keys()  # test_epilogues.py
     assert {*SWITCHES, *elsewhere} == set(simplify.TABLE)
 

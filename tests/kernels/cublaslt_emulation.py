@@ -86,6 +86,7 @@ def multiply(
     *,
     tf32: bool = False,
     finish: Callable[[Any, Any], Any] = lambda left, y: y,
+    scales: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0),
 ) -> None:
     """Do d = finish(op(a), op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
     left, right = a.view(), b.view()
@@ -95,7 +96,10 @@ def multiply(
     right = right.swapaxes(1, 2) if transpose_b else right
     assert left.shape[2] == right.shape[1], "op(A) and op(B) do not fit"
     assert (left.shape[1], right.shape[2]) == (d.rows, d.columns), "D does not fit"
-    y = left.astype("f8") @ right.astype("f8")
+    alpha, beta = scales()
+    y = alpha * (left.astype("f8") @ right.astype("f8"))
+    if beta:  # else D may hold NaN
+        y = y + beta * d.view().astype("f8")
     d.view()[...] = finish(left.astype("f8"), y).astype(d.dtype)
 
 
@@ -233,8 +237,9 @@ class FakeCublasLt:
         compute, scale = self.objects[desc].arguments
         attributes = self.objects[desc].attributes
         number = {0: ctypes.c_float, 1: ctypes.c_double}[scale]
-        assert number.from_address(alpha).value == 1.0
-        assert number.from_address(beta).value == 0.0
+        on_device = attributes.get(2, 0) == 1
+        scales = lambda: (number.from_address(alpha).value, number.from_address(beta).value)
+        assert on_device or scales() == (1.0, 0.0)
         assert (c, c_layout) == (d, d_layout)
         low, index, high = ctypes.string_at(algorithm, 3)
         epilogue = low | high << 8
@@ -261,6 +266,7 @@ class FakeCublasLt:
                 multiply,
                 *(matrices[0], bool(attributes[3]), matrices[1], bool(attributes[4]), matrices[2]),
                 tf32=compute == 77,
+                scales=scales,
                 finish=self._finish(epilogue, matrices[2], bias, mask, attributes.get(12)),
             )
             touched = [m.on_device() for m in matrices]
@@ -269,6 +275,9 @@ class FakeCublasLt:
             if mask is not None:
                 row = attributes[12] // 8
                 touched.append(Matrix(mask, np.uint8, row, matrices[2].columns, row).on_device())
+            if on_device:
+                kind = np.dtype(number)
+                touched += [Matrix(a, kind, 1, 1, 1).on_device() for a in (alpha, beta)]
             if size:
                 touched.append(Matrix(workspace, np.uint8, size, 1, size).on_device())
             device.kernel("cublasLtMatmul", lambda views: launch(), touched)

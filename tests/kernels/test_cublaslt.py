@@ -154,7 +154,7 @@ def test_the_structure_is_the_headers():
 def test_constants():
     """The header's numbers (cublasLt.h, cublas_api.h, library_types.h), copied once more."""
     assert [*Epilogue] == [1, 4, 6, 6 | 128, 8 | 128 | 16, 256]
-    assert [*DescriptorAttribute] == [3, 4, 7, 8, 11, 12]
+    assert [*DescriptorAttribute] == [2, 3, 4, 7, 8, 11, 12]
     assert [*LayoutAttribute] == [5, 6]
     assert [*PreferenceAttribute] == [1, 3, 5, 6, 7, 8]
     assert [*Compute] == [68, 70, 77]
