@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import warnings
@@ -485,3 +486,31 @@ def test_no_sums_are_decided_on_during_a_capture(xp, tmp_path):
         made.capturing = True
         assert_right(with_sums(xp, x, g), (x.T @ g, g.sum(0)))
         assert made.launches[-1].epilogue == SUMS
+
+
+# ---- where results are written
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_results_are_written_to_memory_that_fits(xp, tmp_path, pays):
+    x, w, b, g, above = layers()
+    y, gz, gb = meaning(x, w, b, g, above)
+    seconds = timed(plain=4, with_mask=3, relu_grad=3, sums=3) if pays else timed(plain=1)
+    made = FakeCublasLt(keeps_nan=True)
+    with cublaslt_on_cpu(xp, tmp_path, made, seconds=seconds), kernels_on_cpu():
+        there, mask = epilogues.linear_relu_with_mask(xp, *map(fake, (x, w, b)), above=4)
+        assert (mask.size > 0) is pays
+        for launcher, arrays, want in [
+            (epilogues.matmul_linear_relu_grad, (fake(g), fake(above).T, there, mask), (gz, gb)),
+            (epilogues.matmul_with_sums, (there.T, fake(g)), (y.T @ g, g.sum(0))),
+        ]:
+            shapes = [a.shape for a in want]
+            for out in itertools.product(*[(xp.empty(s, "f4"), None) for s in shapes]):
+                got = launcher(xp, *arrays, out=out)
+                assert_right([a.get() for a in got], want)
+                assert [a is b for a, b in zip(got, out, strict=True)] == [
+                    a is not None for a in out
+                ]
+            columns = [xp.empty(s[::-1], "f4").T[:, :1] for s in shapes[:1]]
+            got = launcher(xp, *arrays, out=(*columns, xp.empty(shapes[1], "f2")))
+            assert_right([a.get() for a in got], want)
