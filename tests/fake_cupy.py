@@ -17,6 +17,7 @@ kept, and breaking one is an error:
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 import types
@@ -99,6 +100,20 @@ class Event:
             self.capture.misses("an event")
 
 
+_clocks = threading.RLock()
+
+
+def _by_one_thread(method):
+    """Let one thread at a time look at the clocks: two would count one launch of theirs."""
+
+    @functools.wraps(method)
+    def locked(*args, **kwargs):
+        with _clocks:
+            return method(*args, **kwargs)
+
+    return locked
+
+
 class Stream:
     """A queue of launches; `clock` says up to which of each stream's the next one comes after."""
 
@@ -117,11 +132,13 @@ class Stream:
     def __exit__(self, *_):
         assert device.streams.pop() is self
 
+    @_by_one_thread
     def record(self, event=None):
         event = Event() if event is None else event
         event.clock, event.capture = dict(self.clock), self.capture
         return event
 
+    @_by_one_thread
     def wait_event(self, event):
         if event.capture is not None:
             if self.capture is None:
@@ -333,6 +350,7 @@ class Device:
             self._local.allocators = []
         return self._local.allocators
 
+    @_by_one_thread
     def wait_for_host(self, stream):
         if stream.capture is not None:
             stream.capture.refuse("the host waits for a stream")
@@ -342,6 +360,7 @@ class Device:
                 copy()
                 del self.copies[other, tick]
 
+    @_by_one_thread
     def touch(self, stream, name, reads, writes):
         """Check that what is read was written before, and what is written is needed no more."""
         clock = dict(stream.clock)

@@ -120,7 +120,14 @@ class Function:
             if not kwargs:
                 self._last = self._match(entry, args, len(arrays))
             return entry.replay.run(arrays, tensors)
-        return self._record(key, args, kwargs)
+        if entry is not None and entry.problem is not None:
+            return self._function(*args, **kwargs)
+        # Programs and recordings take turns: they may write the same Variables.
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.replay is None:
+                return self._record(key, args, kwargs)
+        return self(*args, **kwargs)  # another thread has compiled it meanwhile
 
     def _key(
         self, args: Any, kwargs: dict[str, Any], arrays: list[Any], tensors: list[Any]
@@ -158,8 +165,6 @@ class Function:
 
     def _record(self, key: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         entry = self._entry(key, (args, kwargs))
-        if entry.problem is not None:
-            return self._function(*args, **kwargs)
         leaves = flatten((args, kwargs))
         inputs = []
         originals: dict[int, Any] = {}
@@ -193,21 +198,20 @@ class Function:
         )
 
     def _entry(self, key: Any, held: Any) -> _Entry:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                entry = self._entries[key] = _Entry(_without_arrays(held))
-                if len(self._entries) > _MANY_PROGRAMS and not self._warned:
-                    self._warned = True
-                    warnings.warn(
-                        f"{self._name} was called with {len(self._entries)} signatures, and each "
-                        f"is compiled anew: {self._what_changes()}",
-                        TapeWarning,
-                        stacklevel=4,
-                    )
-                if len(self._entries) > _MOST_PROGRAMS:
-                    del self._entries[next(iter(self._entries))]
-            return entry
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(_without_arrays(held))
+            if len(self._entries) > _MANY_PROGRAMS and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self._name} was called with {len(self._entries)} signatures, and each "
+                    f"is compiled anew: {self._what_changes()}",
+                    TapeWarning,
+                    stacklevel=4,
+                )
+            if len(self._entries) > _MOST_PROGRAMS:
+                del self._entries[next(iter(self._entries))]
+        return entry
 
     def _what_changes(self) -> str:
         keys = list(self._entries)
@@ -228,12 +232,10 @@ class Function:
             return
         found = difference(earlier, program)
         if found is None:
-            with self._lock:
-                if entry.replay is None:
-                    kind = Replay if program.on_host else DeviceReplay
-                    entry.replay = kind(program, self._name, leased=self._leased)
-                    entry.program = program
-                    entry.recorded = None
+            kind = Replay if program.on_host else DeviceReplay
+            entry.replay = kind(program, self._name, self._lock, leased=self._leased)
+            entry.program = program
+            entry.recorded = None
             return
         program.forget_makers()
         if found.of_constants or entry.calls >= _MOST_RECORDINGS:
@@ -256,7 +258,8 @@ class Function:
     @property
     def programs(self) -> list[Replay]:
         """The programs that were compiled, one for each signature."""
-        return [e.replay for e in self._entries.values() if e.replay is not None]
+        entries = list(self._entries.values())  # another thread may add to them
+        return [e.replay for e in entries if e.replay is not None]
 
     def explain_program(self) -> str:
         """Return the text of the programs: what a call runs, with the memory it uses."""

@@ -146,16 +146,19 @@ _main_thread = threading.main_thread().ident
 class Replay:
     """A program that is ready to run.
 
+    lock   held while it runs; the programs of one function share it.
     text   of the Python function that it runs.
     arena  how many bytes it has of its own.
     """
 
-    def __init__(self, program: Program, name: str, *, leased: bool = False) -> None:
+    def __init__(
+        self, program: Program, name: str, lock: threading.RLock, *, leased: bool = False
+    ) -> None:
         self._program = program
         self._name = name
         self._leased = leased
         self._leases: list[Lease] = []
-        self._lock = threading.RLock()
+        self._lock = lock
         simplify.simplify(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)

@@ -96,6 +96,23 @@ def test_one_function_of_state_counts_every_call():
     assert max(last) == 603.0
 
 
+def test_recordings_and_programs_of_all_signatures_take_turns():
+    """Arrays so large that NumPy lets other threads run while it adds."""
+    size, count, calls = 1 << 18, 4, 30
+    for _ in range(5):
+        v = tg.Variable(np.zeros(size))
+        f = tg.function(lambda x, v=v: v.assign_add(tg.reshape(x, size)) * 1.0)
+        ones = [tg.ones((1 << k, size >> k), dtype="f8") for k in range(count)]
+
+        def work(k, f=f, ones=ones):
+            for i in range(calls):
+                y = f(ones[(k + i // 5) % count])
+                assert float(tg.min(y)) == float(tg.max(y))
+
+        together(work, count)
+        np.testing.assert_array_equal(v, np.full(size, float(count * calls)))
+
+
 def test_methods_of_objects_on_threads():
     class Scale:
         def __init__(self, k):
