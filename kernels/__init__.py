@@ -14,6 +14,7 @@ if __name__ == "kernels":
 from . import (
     chains,
     elementwise,
+    epilogues,
     gemm,
     linear_relu,
     optimizers,
@@ -27,6 +28,7 @@ from ._build import kernel_names
 __all__ = [
     "chains",
     "elementwise",
+    "epilogues",
     "gemm",
     "kernel_names",
     "linear_relu",

@@ -142,6 +142,19 @@ def cpp_type(*arrays: Array) -> str | None:
     return _BFLOAT16 if name is None and dtype.name == "bfloat16" else name
 
 
+def result(xp: Module, shape: tuple[int, ...], dtype: Any, out: Array | None = None) -> Array:
+    """Return memory for a result: `out` where it is as new memory would be, else new memory."""
+    if (
+        out is not None
+        and out.shape == shape
+        and out.dtype == dtype
+        and out.flags.c_contiguous
+        and out.data.ptr % 16 == 0  # the widest load
+    ):
+        return out
+    return xp.empty(shape, dtype)
+
+
 def pack_width(xp: Module, type_name: str, length: int, *arrays: Array) -> int:
     """Return how many values a load may take: 16 bytes of them, or 1 where `length` or an address
     is no multiple of that.

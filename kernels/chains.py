@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ._build import (
     column_tiles,
     cpp_type,
     pack_width,
+    result,
     row_blocks,
     row_chunks,
 )
@@ -220,11 +222,16 @@ def kernels_of(chain: Chain) -> Kernels:
 
 
 def run(
-    chain: Chain, shape: tuple[int, ...], xp: Module, *arrays: Array
+    chain: Chain,
+    shape: tuple[int, ...],
+    xp: Module,
+    *arrays: Array,
+    out: Sequence[Array | None] | None = None,
 ) -> tuple[Array, ...] | None:
     """Return the chain's outputs, of this shape, and then its sums, (shape[-1],).
 
-    `arrays` are the chain's inputs; None unless all are arrays of `xp` in C order.
+    `arrays` are the chain's inputs; None unless all are arrays of `xp` in C order. `out` is memory
+    for the results, used where it is aligned and C-contiguous.
     """
     if not all(isinstance(array, xp.ndarray) for array in arrays):
         return None
@@ -239,8 +246,12 @@ def run(
     rows, columns = (size // shape[-1], shape[-1]) if by_rows else (1, size)
     if columns > MAX_COLUMNS:
         return None
-    outputs = [xp.empty(shape, np.bool_ if chain.is_boolean(k) else dtype) for k in chain.outputs]
-    sums = [xp.empty(columns, dtype) for _ in chain.sums]
+    wanted = [(shape, np.bool_ if chain.is_boolean(k) else dtype) for k in chain.outputs]
+    wanted += [((columns,), dtype) for _ in chain.sums]
+    results = [
+        result(xp, *want, to) for want, to in zip(wanted, out or [None] * len(wanted), strict=True)
+    ]
+    outputs, sums = results[: len(chain.outputs)], results[len(chain.outputs) :]
     packed = [a for a, x in zip(arrays, chain.inputs, strict=True) if x.kind != "one"]
     width = pack_width(xp, chain.type_name, columns, *packed, *outputs, *sums)
     if by_rows:

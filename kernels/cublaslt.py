@@ -35,20 +35,42 @@ class Compute(enum.IntEnum):
 
 
 class Epilogue(enum.IntEnum):
-    """cublasLtEpilogue_t: what is done to the product before it is stored."""
+    """cublasLtEpilogue_t: what is done to the product before it is stored.
+
+    RELU_AUX_BIAS  writes a mask too, whose bits say where the ReLU let a value pass.
+    DRELU_BGRAD    lets pass where such a mask says so, and sums each row of D.
+    BGRADA         sums each row of op(A).
+    """
 
     DEFAULT = 1
     BIAS = 4
     RELU_BIAS = 6
+    RELU_AUX_BIAS = 134
+    DRELU_BGRAD = 152
+    BGRADA = 256
 
 
 class DescriptorAttribute(enum.IntEnum):
     """cublasLtMatmulDescAttributes_t."""
 
+    POINTER_MODE = 2
     TRANSPOSE_A = 3
     TRANSPOSE_B = 4
     EPILOGUE = 7
     BIAS_POINTER = 8
+    AUX_POINTER = 11
+    AUX_LEADING = 12
+
+
+# What an epilogue reads or writes beside the matrices, by address: a bias or its gradient, a mask.
+BESIDE: dict[Epilogue, tuple[DescriptorAttribute, ...]] = {
+    Epilogue.DEFAULT: (),
+    Epilogue.BIAS: (DescriptorAttribute.BIAS_POINTER,),
+    Epilogue.RELU_BIAS: (DescriptorAttribute.BIAS_POINTER,),
+    Epilogue.RELU_AUX_BIAS: (DescriptorAttribute.BIAS_POINTER, DescriptorAttribute.AUX_POINTER),
+    Epilogue.DRELU_BGRAD: (DescriptorAttribute.BIAS_POINTER, DescriptorAttribute.AUX_POINTER),
+    Epilogue.BGRADA: (DescriptorAttribute.BIAS_POINTER,),
+}
 
 
 class LayoutAttribute(enum.IntEnum):
@@ -68,6 +90,8 @@ class PreferenceAttribute(enum.IntEnum):
     ALIGNMENT_C = 7
     ALIGNMENT_D = 8
 
+
+_ON_DEVICE = 1  # cublasLtPointerMode_t: where alpha and beta are read
 
 _STATUS = {
     1: "not initialized",
@@ -194,6 +218,11 @@ class Library:
             self._set("MatrixLayout", made, LayoutAttribute.BATCH_STRIDE, c_int64(stride))
         return made
 
+    def read_scales_on_device(self, descriptor: Owned) -> None:
+        """Let alpha and beta be addresses of the device's memory, read when the product runs."""
+        mode = ctypes.c_int32(_ON_DEVICE)
+        self._set("MatmulDesc", descriptor, DescriptorAttribute.POINTER_MODE, mode)
+
     def preference(self, attributes: dict[PreferenceAttribute, Any]) -> Owned:
         """Return what the algorithms must keep to."""
         made = self._make("MatmulPreference")
@@ -206,10 +235,10 @@ class Library:
         name = f"cublasLt{kind}SetAttribute"
         self._call(name, made.pointer, attribute, ctypes.byref(value), size)
 
-    def set_bias(self, descriptor: Owned, pointer: int) -> None:
-        """Say where the bias lies; the next call of `matmul` reads it."""
+    def set_pointer(self, descriptor: Owned, attribute: DescriptorAttribute, pointer: int) -> None:
+        """Say where a bias or a mask lies; the next call of `matmul` reads the address."""
         value = c_void_p(pointer)
-        arguments = DescriptorAttribute.BIAS_POINTER, ctypes.byref(value), ctypes.sizeof(value)
+        arguments = attribute, ctypes.byref(value), ctypes.sizeof(value)
         status = self._set_in_descriptor(descriptor.pointer, *arguments)
         if status:
             _check("cublasLtMatmulDescSetAttribute", status)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tapegrad.config import config
 
 from . import cublaslt, gemm_choice, gemm_plan, small_gemm
-from ._build import Array, Module
+from ._build import Array, Module, result
 from .cublaslt import DescriptorAttribute, Epilogue, PreferenceAttribute
 from .gemm_choice import Candidate, Timed
 
@@ -57,13 +57,15 @@ MATMUL = Operation("matmul")
 LINEAR = Operation("linear", Epilogue.BIAS, _add_bias)
 
 
-def matmul(xp: Module, x: Array, w: Array) -> Array | None:
+def matmul(xp: Module, x: Array, w: Array, out: Sequence[Array | None] = (None,)) -> Array | None:
     """Return x @ w: matrices, or stacks of them that broadcast; or None for what CuPy must do.
 
     Of one floating dtype, in any layout; transposed operands are read where they lie. float16 and
     bfloat16 are accumulated in float32; float32 in TF32 where `tapegrad.config.tf32` allows it.
+
+    out  memory for the result, which is used where it is aligned and C-contiguous.
     """
-    return product(MATMUL, xp, x, w)
+    return product(MATMUL, xp, x, w, out=out[0])
 
 
 def linear(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
@@ -74,29 +76,24 @@ def linear(xp: Module, x: Array, w: Array, b: Array) -> Array | None:
 
 
 def product(
-    operation: Operation, xp: Module, x: Array, w: Array, b: Array | None = None
+    operation: Operation,
+    xp: Module,
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    out: Array | None = None,
 ) -> Array | None:
     """Return what `operation` makes of x @ w and the bias b, or None for what CuPy must do.
 
     Raises `NotPlanned` while the stream is captured, unless the same product (shapes, strides,
     dtype, alignment) has run before.
     """
-    if xp is np:
-        return None
-    library, _ = cublaslt.load()
-    if library is None:
-        return None
-    device = _device(xp, library)
+    arrays = (x, w) if b is None else (x, w, b)
+    device = _device_of(xp, arrays)
     if device is None:
         return None
     dtype = x.dtype
-    if w.dtype != dtype or (b is not None and b.dtype != dtype):
-        return None
-    arrays = (x, w) if b is None else (x, w, b)
-    memory = [array.data for array in arrays]
-    if any(pointer.device_id != device.number for pointer in memory):
-        return None
-    pointers = [pointer.ptr for pointer in memory]
+    pointers = [array.data.ptr for array in arrays]
     key = (
         *(operation.name, dtype, x.shape, x.strides, w.shape, w.strides),
         *[pointer % gemm_plan.MAX_ALIGNMENT for pointer in pointers],
@@ -113,7 +110,7 @@ def product(
             x, w = (
                 a if r else xp.ascontiguousarray(a) for a, r in zip((x, w), readable, strict=True)
             )
-            return product(operation, xp, x, w, b)
+            return product(operation, xp, x, w, b, out)
         problem = gemm_plan.problem(x.shape, x.strides, w.shape, w.strides, x.itemsize)
         if problem is None:
             return None
@@ -125,7 +122,20 @@ def product(
         way = plan.capturable
         if way is None:
             raise NotPlanned(f"cuBLASLt has no algorithm for {_text(operation, x, w)}")
-    return way(xp, x, w, pointers, xp.empty(plan.shape, dtype), b)
+    return way(xp, x, w, pointers, result(xp, plan.shape, dtype, out), b)
+
+
+def _device_of(xp: Module, arrays: Sequence[Array]) -> _Device | None:
+    """Return the device whose cuBLASLt may take arrays; None unless they are there, of one type."""
+    if xp is np:
+        return None
+    library, _ = cublaslt.load()
+    device = None if library is None else _device(xp, library)
+    if device is None or any(array.dtype != arrays[0].dtype for array in arrays):
+        return None
+    if any(array.data.device_id != device.number for array in arrays):
+        return None
+    return device
 
 
 def _is_capturing(xp: Module) -> bool:
@@ -149,18 +159,18 @@ class _Prepared:
     ) -> None:
         self._library = library
         self._kind = kind
-        self._with_bias = epilogue is not Epilogue.DEFAULT
+        self._beside = cublaslt.BESIDE[epilogue]
         # The bias's address is kept in the descriptor until the launch has read it.
         self._lock = threading.Lock()
-        descriptor = library.descriptor(
-            kind.compute,
-            kind.scale,
-            {
-                DescriptorAttribute.TRANSPOSE_A: ctypes.c_int32(problem.transpose_a),
-                DescriptorAttribute.TRANSPOSE_B: ctypes.c_int32(problem.transpose_b),
-                DescriptorAttribute.EPILOGUE: ctypes.c_uint32(epilogue),
-            },
-        )
+        attributes: dict[DescriptorAttribute, Any] = {
+            DescriptorAttribute.TRANSPOSE_A: ctypes.c_int32(problem.transpose_a),
+            DescriptorAttribute.TRANSPOSE_B: ctypes.c_int32(problem.transpose_b),
+            DescriptorAttribute.EPILOGUE: ctypes.c_uint32(epilogue),
+        }
+        if DescriptorAttribute.AUX_POINTER in self._beside:
+            _, row = gemm_plan.mask_shape(problem.d.columns, problem.d.rows)
+            attributes[DescriptorAttribute.AUX_LEADING] = ctypes.c_int64(8 * row)
+        descriptor = library.descriptor(kind.compute, kind.scale, attributes)
         a, b, d = (
             library.layout(kind.data, m.rows, m.columns, m.leading, problem.batch, m.stride)
             for m in (problem.a, problem.b, problem.d)
@@ -185,30 +195,44 @@ class _Prepared:
             }
         )
         with self._lock:
-            if self._with_bias:  # whose alignment it is that algorithms must keep to
-                self._library.set_bias(self.parts[1], pointers[2])
+            self._point(pointers)  # algorithms must keep to the alignment of these too
             return self._library.algorithms(self.parts, preference, count)
 
     def launch(
-        self, xp: Module, algorithm: Any, workspace: int, pointers: list[int], result: int
+        self,
+        xp: Module,
+        algorithm: Any,
+        workspace: int,
+        pointers: list[int],
+        result: int,
+        scales: tuple[Any, Any] | None = None,
     ) -> None:
-        """Enqueue the product on the current stream."""
+        """Enqueue the product on the current stream.
+
+        scales  what the product and what the result held before are multiplied by, else 1 and 0.
+        """
+        alpha, beta = scales or (self._one, self._zero)
         handle, descriptor, a, b, d, _ = [part.pointer for part in self.parts]
         # A workspace of its own for each launch, from the pool: so streams, threads and captured
         # graphs never share one, and the memory is the graph's where the pool is.
         memory = xp.empty(workspace, np.uint8) if workspace else None
         arguments = (
-            *(handle, descriptor, self._one, pointers[1], a, pointers[0], b),
-            *(self._zero, result, d, result, d, algorithm),
+            *(handle, descriptor, alpha, pointers[1], a, pointers[0], b),
+            *(beta, result, d, result, d, algorithm),
             *(None if memory is None else memory.data.ptr, workspace),
             xp.cuda.get_current_stream().ptr,
         )
-        if not self._with_bias:
+        if not self._beside:
             self._library.matmul(*arguments)
             return
         with self._lock:
-            self._library.set_bias(self.parts[1], pointers[2])
+            self._point(pointers)
             self._library.matmul(*arguments)
+
+    def _point(self, pointers: list[int]) -> None:
+        # A bias that our own kernel adds is none of cuBLASLt's.
+        for attribute, pointer in zip(self._beside, pointers[2:], strict=False):
+            self._library.set_pointer(self.parts[1], attribute, pointer)
 
 
 class _Way:
@@ -263,9 +287,7 @@ class _Chooser:
         w: Array,
         b: Array | None,
     ) -> None:
-        dtype = x.dtype.name
-        tf32 = config.tf32 and dtype == "float32"
-        kind = gemm_plan.TF32 if tf32 else gemm_plan.TYPES[dtype]
+        kind_name, kind = _kind(x.dtype.name)
         self._device = device
         self._operation = operation
         self._xp = xp
@@ -286,7 +308,7 @@ class _Chooser:
             variant.name: _SmallWay(variant, relu)
             for variant in small_gemm.variants(x, w, device.multiprocessors)
         }
-        self.text = _key_text(operation, problem, "tf32" if tf32 else dtype, self._pointers)
+        self.text = _key_text(operation.name, problem, kind_name, self._pointers)
 
     def untimed(self) -> _Plan:
         """Return the plan that needs no timing: the first algorithm of the first way.
@@ -316,13 +338,11 @@ class _Chooser:
 
     def usable(self, times: dict[str, Timed]) -> bool:
         """Tell whether times are of these ways, and their algorithms such as can run here."""
-        for name, timed in times.items():
-            if name in self._prepared:
-                parts = self._prepared[name].parts
-                needed = self._device.library.accepts(parts, timed.algorithm)
-                if needed is None or not needed <= timed.workspace <= self._device.workspace:
-                    return False
-        return times.keys() <= {*self._prepared, *self._small, "cupy"}
+        return times.keys() <= {*self._prepared, *self._small, "cupy"} and all(
+            self._device.can_run(self._prepared[name], timed)
+            for name, timed in times.items()
+            if name in self._prepared
+        )
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield what is to be timed. Each launch makes a result of its own."""
@@ -369,6 +389,18 @@ class _Chooser:
         return bool(self._xp.isnan(y.astype(np.float32)).all())
 
 
+class Contest(Protocol):
+    """Ways that a product may take; `text` is its name in the file of times."""
+
+    text: str
+
+    def usable(self, times: dict[str, Timed]) -> bool:
+        """Tell whether times are of these ways, and their algorithms such as can run here."""
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield what is to be timed."""
+
+
 class _Device:
     """What this process knows of cuBLASLt on one device."""
 
@@ -377,7 +409,8 @@ class _Device:
         self.number = number
         self.handle = library.handle()
         self.plans: dict[Any, _Plan] = {}
-        self._lock = threading.Lock()
+        self._decisions: dict[Any, Any] = {}
+        self._lock = threading.RLock()  # deciding on a product may have others planned
         properties = xp.cuda.runtime.getDeviceProperties(number)
         before = properties["major"] < _HOPPER
         self.workspace = _WORKSPACE_BEFORE_HOPPER if before else _WORKSPACE
@@ -415,29 +448,55 @@ class _Device:
                 self.plans[key] = plan
         return plan
 
+    def can_run(self, prepared: _Prepared, timed: Timed) -> bool:
+        """Tell whether the library takes an algorithm for a problem, in the memory it had then."""
+        needed = self.library.accepts(prepared.parts, timed.algorithm)
+        return needed is not None and needed <= timed.workspace <= self.workspace
+
     def _fastest(self, chooser: _Chooser, xp: Module) -> _Plan:
+        times = self.times_of(chooser, xp)
+        return chooser.untimed() if times is None else chooser.timed(times)
+
+    def decision(self, xp: Module, key: Any, decide: Callable[[], Any]) -> Any:
+        """Return what `decide` has returned for a key once; None if that would be in a capture."""
+        with self._lock:
+            if key not in self._decisions:
+                if _is_capturing(xp):
+                    return None
+                if len(self._decisions) >= _MAX_PLANS:
+                    self._decisions.clear()
+                self._decisions[key] = decide()
+            return self._decisions[key]
+
+    def times_of(self, contest: Contest, xp: Module) -> dict[str, Timed] | None:
+        """Return the times of ways, from the file or taken now; None without memory to do so."""
         if self._times is None:
             self._times = gemm_choice.Times(self._facts)
-        times = self._times.get(chooser.text)
-        if times is not None and not chooser.usable(times):
-            self._times.drop(chooser.text, "cuBLASLt does not know an algorithm in it")
+        times = self._times.get(contest.text)
+        if times is not None and not contest.usable(times):
+            self._times.drop(contest.text, "cuBLASLt does not know an algorithm in it")
             times = None
         if times is None:
             try:
                 with gemm_choice.scratch_memory(xp):
-                    times = gemm_choice.measure(chooser.candidates(), timer(xp))
+                    times = gemm_choice.measure(contest.candidates(), timer(xp))
             except MemoryError:  # there is none to try things out in
-                return chooser.untimed()
-            self._times.put(chooser.text, times)
-        return chooser.timed(times)
+                return None
+            self._times.put(contest.text, times)
+        return times
 
 
 timer = gemm_choice.DeviceTimer
 
 
-def _key_text(
-    operation: Operation, problem: gemm_plan.Problem, kind: str, pointers: list[int]
-) -> str:
+def _kind(dtype: str) -> tuple[str, gemm_plan.Type]:
+    """Return how a dtype is computed with, by name and for cuBLASLt."""
+    if config.tf32 and dtype == "float32":
+        return "tf32", gemm_plan.TF32
+    return dtype, gemm_plan.TYPES[dtype]
+
+
+def _key_text(name: str, problem: gemm_plan.Problem, kind: str, pointers: list[int]) -> str:
     """Return a problem as the file of times names it."""
     matrices = [
         f"{m.rows}x{m.columns}/{m.leading}/{m.stride}{'t' if transposed else ''}"
@@ -448,7 +507,7 @@ def _key_text(
         )
     ]
     aligned = ",".join(str(gemm_plan.alignment(pointer)) for pointer in pointers)
-    return f"{operation.name} {kind} {' '.join(matrices)} batch {problem.batch} aligned {aligned}"
+    return f"{name} {kind} {' '.join(matrices)} batch {problem.batch} aligned {aligned}"
 
 
 _devices: dict[int, tuple[_Device | None, str]] = {}

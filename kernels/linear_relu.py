@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ._build import (
@@ -14,6 +16,7 @@ from ._build import (
     column_tiles,
     cpp_type,
     pack_width,
+    result,
     row_blocks,
     row_chunks,
 )
@@ -71,11 +74,14 @@ def _bias_relu(xp: Module, y: Array, b: Array) -> Array:
 LINEAR_RELU = Operation("linear_relu", Epilogue.RELU_BIAS, _bias_relu)
 
 
-def linear_relu_grad(xp: Module, g: Array, y: Array) -> tuple[Array, Array] | None:
+def linear_relu_grad(
+    xp: Module, g: Array, y: Array, out: Sequence[Array | None] = (None, None)
+) -> tuple[Array, Array] | None:
     """Return (gz, gb): g where y > 0 and exactly 0 elsewhere, and its sum over the rows.
 
     g and y are (n, o), of one floating dtype, C-contiguous. Where y is NaN, gz is 0. The sum is
-    accumulated in float32 (float64 for float64), always in the same order.
+    accumulated in float32 (float64 for float64), always in the same order. `out` is memory for
+    them, used where it is aligned and C-contiguous.
     """
     if g.ndim != 2 or g.shape != y.shape:
         return None
@@ -83,7 +89,9 @@ def linear_relu_grad(xp: Module, g: Array, y: Array) -> tuple[Array, Array] | No
     rows, columns = g.shape
     if t is None or columns > MAX_COLUMNS:
         return None
-    gz, gb = xp.empty_like(g), xp.empty(columns, g.dtype)
+    gz, gb = (
+        result(xp, shape, g.dtype, to) for shape, to in zip((g.shape, (columns,)), out, strict=True)
+    )
     width = pack_width(xp, t, columns, g, y, gz)
     tiles, block = column_tiles(columns // width)
     chunk, chunks = row_chunks(rows, block[1])

@@ -10,15 +10,16 @@ import os
 import threading
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 # An array of either module. CuPy has no types to import where it is not installed.
 Array = Any
 Module = Any
+_T = TypeVar("_T")
 
 NAMES = ("auto", "numpy", "cupy")
 
@@ -272,10 +273,22 @@ def runs_kernels(xp: Module) -> bool:
     return _kernels_enabled and xp is not np
 
 
+# Called when the host has waited for a device; they raise where something has gone wrong there.
+after_waiting: list[Callable[[], None]] = []
+
+
+def waited(value: _T) -> _T:
+    """Return what the host may have waited for, unless something went wrong on the device."""
+    if after_waiting:
+        for look in tuple(after_waiting):
+            look()
+    return value
+
+
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """Return the values as a NumPy array of the caller's own."""
     if _is_cupy(array):
-        return np.asarray(array.get())
+        return waited(np.asarray(array.get()))
     return np.array(array)
 
 
@@ -344,9 +357,17 @@ def scatter_add(xp: Module, values: Array, index: Array, rows: int) -> Array:
         same = (key[step:] == key[:-step]).reshape(column)
         total = xp.concatenate([total[:step], total[step:] + xp.where(same, total[:-step], 0)])
         step *= 2
-    last = xp.concatenate([key[1:] != key[:-1], xp.ones(1, bool)])
-    out[key[last]] = total[last]
+    out[key] = total[_last_of_equals(xp, key)]
     return out
+
+
+def _last_of_equals(xp: Module, key: Array) -> Array:
+    """Return for each element of a sorted array the place of the last that is equal to it.
+
+    What is written to a place that is named twice is then the same both times. To leave out the
+    others would make an array whose size the host must wait for.
+    """
+    return xp.searchsorted(key, key, side="right") - 1
 
 
 def write_at(xp: Module, target: Array, index: Any, value: Any) -> None:
@@ -364,7 +385,6 @@ def write_at(xp: Module, target: Array, index: Any, value: Any) -> None:
         return
     order = xp.argsort(places.reshape(-1), kind="stable")
     key = places.reshape(-1)[order]
-    last = xp.concatenate([key[1:] != key[:-1], xp.ones(1, bool)])
     flat = target.reshape(-1)  # a view, or a copy that is put back
-    flat[key[last]] = values[order[last]]
+    flat[key] = values[order[_last_of_equals(xp, key)]]
     target[...] = flat.reshape(target.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,25 @@ Index = tuple[Any, ...]
 def filled(index: Index, arrays: tuple[Array, ...]) -> Index:
     rest = iter(arrays)
     return tuple(next(rest) if part is SLOT else part for part in index)
+
+
+def slot_axes(rank: int, index: Index, taken: Sequence[int]) -> list[int]:
+    """Return the axis at which each slot of an index of a tensor of this rank begins.
+
+    taken  how many axes each slot's array takes: 1, or a boolean array's own number.
+    """
+    rest = iter(taken)
+    counts = [
+        next(rest) if part is SLOT else 0 if part is None or part is Ellipsis else 1
+        for part in index
+    ]
+    axes: list[int] = []
+    axis = 0
+    for part, count in zip(index, counts, strict=True):
+        if part is SLOT:
+            axes.append(axis)
+        axis += rank - sum(counts) if part is Ellipsis else count
+    return axes
 
 
 def parse(index: Any, xp: Module) -> tuple[Index, list[Tensor]]:

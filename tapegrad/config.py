@@ -19,7 +19,9 @@ class Config:
     cuda_graphs     whether compiled functions on a GPU are replayed as CUDA graphs: True, or False
                     to launch their operations one by one.
     debug           whether operations on a GPU wait for it to check what only it sees, and raise:
-                    labels that are no class, whose loss is NaN otherwise.
+                    labels that are no class, whose loss is NaN otherwise, and in compiled functions
+                    indices out of range, of which otherwise a later call or look tells. Compiled
+                    functions then launch their operations one by one.
     scalar_targets  what a gradient of a target that is no scalar does: `"sum"` (as TensorFlow:
                     the gradient of the sum of its elements), `"warn"` or `"raise"`.
     tf32            whether matrix products of float32 tensors on a GPU may round their factors to

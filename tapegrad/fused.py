@@ -148,6 +148,7 @@ linear_relu_grad: MultiPrimitive = multi_primitive(
     _linear_relu_grad_forward,
     joint_vjp=_linear_relu_grad_vjp,
     kernel=linear_kernels.linear_relu_grad,
+    fills=True,
 )
 
 

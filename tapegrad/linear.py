@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,22 @@ def _sum_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
     return x.sum(axis=tuple(stretched), dtype=x.dtype).reshape(shape)
 
 
+def _sum_into(
+    xp: Module, x: Array, *, shape: tuple[int, ...], out: Sequence[Array | None] = (None,)
+) -> Array | None:
+    """Sum over the first axes into given memory; where there is none, the meaning does it."""
+    lead = x.ndim - len(shape)
+    if out[0] is None or not lead or x.shape[lead:] != shape:
+        return None
+    return x.sum(axis=tuple(range(lead)), dtype=x.dtype, out=out[0])
+
+
 sum_to: Primitive = primitive(
     "sum_to",
     _sum_to,
     lambda g, _y, _x, *, shape: broadcast_to(g, shape=_x.shape),
+    kernel=_sum_into,
+    fills=True,
 )
 
 

@@ -206,7 +206,10 @@ adam_update = FlatUpdate("adam", _adam_rule, _adam_numbers, writes=3, kernel=ker
 
 def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...]) -> None:
     for place, g in zip(places, gradients, strict=True):
-        flat[place : place + g.size] = g.reshape(-1)
+        part = flat[place : place + g.size]
+        # A compiled program on a GPU may have computed it there.
+        if xp is np or g.data.ptr != part.data.ptr:
+            part[...] = g.reshape(-1)
 
 
 # Copy gradients to where their parameters stand in the flat buffer.
@@ -259,9 +262,11 @@ class _Group:
     def __init__(
         self, members: list[Variable], slots: Sequence[float], units: dict[str, float]
     ) -> None:
+        self._xp = xp = _backend.module_of((members[0]._array,))
+        if xp is not np:  # matrices first: what their products do not update is then in one piece
+            members = sorted(members, key=lambda v: v.ndim != 2)
         self.members = members
         first = members[0]
-        self._xp = xp = _backend.module_of((first._array,))
         self.dtype = first.dtype
         # A kernel saves nothing by it, and 16 bits have no room for it.
         plain = xp is np and not _backend.runs_kernels(xp)
@@ -560,7 +565,7 @@ class Optimizer:
         for members in [*together.values(), *groups]:
             group = _Group(members, start, units)
             self._groups.append(group)
-            self._place_of.update((v.id, (group, i)) for i, v in enumerate(members))
+            self._place_of.update((v.id, (group, i)) for i, v in enumerate(group.members))
         self._move_to(fresh[0])
 
     def _move_to(self, like: Variable) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._backend import Array
 from tapegrad._recording import state
 from tapegrad._storage import register_view
 from tapegrad.tensor import Operand, Tensor, as_array, is_convertible, next_id, wrap
@@ -43,14 +44,15 @@ class Primitive:
               **params)` returns a tuple; needs[i] says whether input i's is wanted.
     kernel    a faster way to the same values: called as `forward` is, on a GPU, and answers None
               for arrays that it was not written for.
+    fills     whether the kernel takes `out`, for each output an array to write it to, or None.
 
     Rules never mention broadcasting or promotion: the tape sums a gradient to its source's shape
     and casts it to its dtype. A parameter of a rule whose name begins with an underscore is not
     read: the tape then keeps its shape and dtype, and forgets the values.
     """
 
-    __slots__ = ("_reads", "differentiable", "forward", "joint_vjp", "kernel", "name", "saved",
-                 "vjps")  # fmt: skip
+    __slots__ = ("_reads", "differentiable", "fills", "forward", "joint_vjp", "kernel", "name",
+                 "saved", "vjps")  # fmt: skip
 
     def __init__(
         self,
@@ -59,12 +61,14 @@ class Primitive:
         *vjps: Rule | None,
         joint_vjp: Rule | None = None,
         kernel: Callable[..., Any] | None = None,
+        fills: bool = False,
     ) -> None:
         self.name = name
         self.forward = forward
         self.vjps = vjps
         self.joint_vjp = joint_vjp
         self.kernel = kernel
+        self.fills = fills
         # With None for every input the results are constants. Without any rule they are not: then
         # somebody forgot one, and the reverse pass says so.
         self.differentiable = joint_vjp is not None or not vjps or any(vjps)
@@ -118,13 +122,25 @@ class Primitive:
             raise _backend.out_of_memory(error, self.name) from None
         return self._finish(y, values, params)
 
-    def compute(self, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Return what a call gives for these arrays, by the kernel or the meaning; no recording."""
+    def compute(
+        self,
+        arrays: Sequence[Any],
+        params: dict[str, Any],
+        out: Sequence[Array | None] | None = None,
+    ) -> Any:
+        """Return what a call gives for these arrays, by the kernel or the meaning; no recording.
+
+        out  for each output an array that it may be written to, or None; only a kernel that
+             `fills` arrays does so, and the results say where they lie.
+        """
         xp = self._module_of(arrays)
         try:
             y = None
             if self.kernel is not None and _backend.runs_kernels(xp):
-                y = self.kernel(xp, *arrays, **params)
+                if out is not None and self.fills:
+                    y = self.kernel(xp, *arrays, out=out, **params)
+                else:
+                    y = self.kernel(xp, *arrays, **params)
             return self.forward(xp, *arrays, **params) if y is None else y
         except (ValueError, TypeError, IndexError) as error:
             raise self._explained(error, arrays) from error

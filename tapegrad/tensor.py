@@ -114,12 +114,12 @@ class Operand:
         if self.size != 1:
             raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
         self._leave(".item()")
-        return self._array.item()
+        return _backend.waited(self._array.item())
 
     def tolist(self) -> Any:
         """Return the values as nested lists of Python numbers."""
         self._leave(".tolist()")
-        return self._array.tolist()
+        return _backend.waited(self._array.tolist())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Return the values for `np.asarray(x)`: read-only and uncopied where that is safe."""
@@ -169,7 +169,7 @@ class Operand:
                 f"only a tensor of one element can become {kind}, this one has shape {self.shape}"
             )
         self._leave(kind)
-        return self._array.item()
+        return _backend.waited(self._array.item())
 
     def __float__(self) -> float:
         return float(self._scalar("a Python float"))
@@ -187,7 +187,7 @@ class Operand:
                 "use tg.any(x) or tg.all(x)"
             )
         self._leave("a Python bool (an `if`, a `while`, `and`)")
-        return bool(self._array)
+        return _backend.waited(bool(self._array))
 
     def __len__(self) -> int:
         if self.ndim == 0:
@@ -201,7 +201,7 @@ class Operand:
 
     def __contains__(self, value: Any) -> bool:
         self._leave("`in`")
-        return bool((self._array == value).any())
+        return _backend.waited(bool((self._array == value).any()))
 
     # ---- identity: hashing is by object, so that `gradients[variable]` works
 

@@ -31,14 +31,13 @@ class CudaError(RuntimeError):
 
 
 class Storage:
-    """Bytes of a device, and who touched them last: stamps (stream, tick)."""
+    """Bytes of a device, and who touched which of them last: (low, high, (stream, tick))."""
 
     def __init__(self, size, pool, stream):
         self.bytes = bytearray(b"\xff" * size)
         self.pool = pool
         self.stream = stream
-        self.written = None
-        self.read = {}
+        self.written, self.read = [], []
         self.handle = lambda: None  # of the array that they are now given to
 
 
@@ -90,6 +89,10 @@ class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
         self.clock = {}
         self.capture = None
+
+    @property
+    def done(self):
+        return all(device.host_clock.get(s, 0) >= tick for s, tick in self.clock.items())
 
     def __del__(self):
         if self.capture is not None:
@@ -194,6 +197,9 @@ class Address:
         storage = self.storage.bytes
         return np.ndarray(self.shape, self.dtype, storage, self.offset, self.strides)
 
+    def covers(self, touched):
+        return self.low <= touched[0] and touched[1] <= self.high
+
     def meets(self, other):
         same = self.storage is other.storage
         return same and self.low < other.high and other.low < self.high
@@ -287,8 +293,8 @@ class Graph:
                 outside = private is None or address.storage.pool() is not private
                 if outside and address.handle() is None:
                     raise CudaError(f"{node.name} touches memory that was given back")
-            reads += [x.storage for x in node.inputs]
-            writes += [x.storage for x in node.written]
+            reads += node.inputs
+            writes += node.written
         device.touch(stream, "the graph", reads, writes)
         for node in self._nodes:
             node.launch()
@@ -302,6 +308,7 @@ class Device:
         self.pool = MemoryPool()
         self.host_clock = {}
         self.host_reads = 0
+        self.copies = {}  # to the host, that it has not waited for: by their stamps
         self.launches = 0
         self.launched_graphs = 0
         self.fails_to_launch = False
@@ -330,27 +337,35 @@ class Device:
         if stream.capture is not None:
             stream.capture.refuse("the host waits for a stream")
         _merge(self.host_clock, stream.clock)
+        for (other, tick), copy in list(self.copies.items()):
+            if self.host_clock.get(other, 0) >= tick:
+                copy()
+                del self.copies[other, tick]
 
     def touch(self, stream, name, reads, writes):
         """Check that what is read was written before, and what is written is needed no more."""
         clock = dict(stream.clock)
         _merge(clock, self.host_clock)
 
-        def check(stamp, what):
-            if self.checks and stamp is not None and clock.get(stamp[0], 0) < stamp[1]:
-                raise CudaError(f"{name} {what} on another stream, and did not wait for that")
+        def check(address, touched, what):
+            for low, high, (other, tick) in touched:
+                if low < address.high and address.low < high and clock.get(other, 0) < tick:
+                    raise CudaError(f"{name} {what} on another stream, and did not wait for that")
 
-        for storage in {id(s): s for s in reads}.values():
-            check(storage.written, "reads what is written")
-        for storage in {id(s): s for s in writes}.values():
-            check(storage.written, "writes what is written")
-            for stamp in storage.read.items():
-                check(stamp, "writes what is read")
+        for address in reads if self.checks else ():
+            check(address, address.storage.written, "reads what is written")
+        for address in writes if self.checks else ():
+            check(address, address.storage.written, "writes what is written")
+            check(address, address.storage.read, "writes what is read")
         stamp = stream._tick()
-        for storage in reads:
-            storage.read[stamp[0]] = stamp[1]
-        for storage in writes:
-            storage.written, storage.read = stamp, {}
+        for address in reads:
+            read = address.storage.read
+            read[:] = [x for x in read if x[2][0] != stamp[0] or not address.covers(x)]
+            read.append((address.low, address.high, stamp))
+        for address in writes:
+            for touched in (address.storage.written, address.storage.read):
+                touched[:] = [x for x in touched if not address.covers(x)]
+            address.storage.written.append((address.low, address.high, stamp))
 
     def empty(self, shape, dtype):
         dtype = np.dtype(float if dtype is None else dtype)
@@ -387,9 +402,8 @@ class Device:
             if capture is not None:
                 capture.nodes.append(Node(name, run, inputs, outputs, written, stream))
             else:
-                storages = [handle_of(x).storage for x in inputs]
-                new = [handle_of(y).storage for y in outputs]
-                self.touch(stream, name, storages, [storages[i] for i in written] + new)
+                read, new = ([Address(x) for x in arrays] for arrays in (inputs, outputs))
+                self.touch(stream, name, read, [read[i] for i in written] + new)
         return answer
 
     def _given(self, value, outputs):
@@ -438,10 +452,20 @@ class Device:
     def to_host(self, array):
         """Copy an array to the host, which waits for its stream."""
         if self.stream.capture is None:
-            self.touch(self.stream, "a copy to the host", [handle_of(array).storage], [])
+            self.touch(self.stream, "a copy to the host", [Address(array)], [])
         self.wait_for_host(self.stream)
         self.host_reads += 1
         return np.array(_plain_view(array))
+
+    def to_pinned(self, stream, array, out):
+        """Copy an array to pinned memory, where it is once the host has waited for its stream."""
+        if not isinstance(getattr(out.base, "obj", None), Pinned):
+            raise CudaError("a copy that is not waited for goes to memory that is not pinned")
+        if stream.capture is not None:
+            stream.capture.refuse("an array is copied to the host")
+        self.touch(stream, "a copy to the host", [Address(array)], [])
+        values = np.array(_plain_view(array))
+        self.copies[stream.ptr, stream.clock[stream.ptr]] = lambda: np.copyto(out, values)
 
     def from_host(self, value, dtype=None):
         """Copy NumPy's values to the device."""
@@ -451,6 +475,10 @@ class Device:
         y = self.empty(value.shape, value.dtype)
         self.call("fill", np.copyto, (y, value[()] if not value.ndim else _Host(value)), writes=[y])
         return y
+
+
+class Pinned(bytearray):
+    """Memory of the host that a device may write to."""
 
 
 class _Host:
@@ -527,6 +555,7 @@ class FakeArray(np.ndarray):
 
     def __getitem__(self, index):
         parts = index if isinstance(index, tuple) else (index,)
+        _wait_for_masks(parts)
         if not any(hasattr(part, "dtype") or isinstance(part, list) for part in parts):
             index = parts if any(part is Ellipsis for part in parts) else (*parts, Ellipsis)
         return device.call("getitem", lambda x, i: x[i], (self, index))
@@ -535,6 +564,7 @@ class FakeArray(np.ndarray):
         def write(x, i, y):
             x[i] = y
 
+        _wait_for_masks(index if isinstance(index, tuple) else (index,))
         device.call("setitem", write, (self, index, value), writes=[self])
 
     def __array__(self, dtype=None, copy=None):
@@ -543,8 +573,12 @@ class FakeArray(np.ndarray):
     def fill(self, value):
         device.call("fill", np.ndarray.fill, (self, value), writes=[self])
 
-    def get(self):
-        return device.to_host(self)
+    def get(self, stream=None, out=None, blocking=True):
+        if out is None:
+            return device.to_host(self)
+        device.to_pinned(stream or device.stream, self, out)
+        assert not blocking, "nobody asks for this"
+        return out
 
     def item(self, *index):
         return device.to_host(self).item(*index)
@@ -574,6 +608,12 @@ class FakeArray(np.ndarray):
         return "<CUDA Device 0>"
 
 
+def _wait_for_masks(index):
+    """Wait for the device where an index is boolean: how many places it has is asked there."""
+    if any(isinstance(part, FakeArray) and part.dtype == bool for part in index):
+        device.wait_for_host(device.stream)
+
+
 METHODS = (
     "all any argmax argmin argsort astype clip conj copy cumprod cumsum diagonal dot flatten max "
     "mean min nonzero prod ravel repeat reshape round searchsorted std sum take trace var"
@@ -584,7 +624,11 @@ for _name in METHODS.split():
         def function(x, *args, **kwargs):
             return getattr(x, _name)(*args, **kwargs)
 
-        return device.call(_name, function, (self, *inputs), options)
+        out = options.get("out")
+        answer = device.call(
+            _name, function, (self, *inputs), options, None if out is None else [out]
+        )
+        return answer if out is None else out
 
     setattr(FakeArray, _name, _method)
 FakeArray.__name__, FakeArray.__module__ = "ndarray", "cupy"
@@ -601,6 +645,7 @@ class FakeCupy(types.ModuleType):
             Event=Event,
             MemoryPool=MemoryPool,
             Stream=Stream,
+            alloc_pinned_memory=lambda size: Pinned(b"\x7f" * size),
             get_current_stream=lambda: device.stream,
             runtime=types.SimpleNamespace(
                 getDeviceCount=lambda: 1,

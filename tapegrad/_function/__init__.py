@@ -8,13 +8,16 @@ simplify    the table of rewrites that can be switched off, in their order:
 patterns    what people write by hand, found and replaced by the fused primitives;
 algebra     small identities;
 chains      on a GPU, elementwise steps gathered into one kernel each;
+updates     on a GPU, weights that the product of their gradient updates;
 layout      how values of small networks are stored.
+gradients   which are computed where an optimiser gathers them.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
 blocks      runs of elementwise calls on large arrays, block by block over threads.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.
 lease       results in the program's own memory, for who asks for it.
 schedule    on a GPU: the order of a program's steps on two branches, and who waits for whom.
+lookups     on a GPU: indices that a program computes, kept in range; who tells of others.
 device      their launching, one by one or as a CUDA graph.
 graphs      the capture of CUDA graphs, and their memory.
 checking    a function and its replay, run from the same state and compared.

@@ -8,17 +8,20 @@ costs nothing beside memory. On a CPU the blocks of blocks.py do the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tapegrad import _backend
 from tapegrad._backend import Array, Module
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.kernels import chains as kernels
 from tapegrad.kernels.chains import OPERATIONS, Chain, Input
 from tapegrad.primitive import MultiPrimitive, Update
+from tapegrad.tensor import wrap
 
 _TYPE_NAMES = {
     "float32": "float",
@@ -55,6 +58,7 @@ def _gather_chains(program: Program) -> None:
     """Replace the chains of elementwise steps of a program on a GPU by one step each."""
     if program.on_host:
         return
+    _shrink_constants(program)
     groups = _groups(program)
     group_of = {step: group for group in groups for step in group.members()}
     again = _computed_again(program, group_of)
@@ -68,6 +72,31 @@ def _gather_chains(program: Program) -> None:
             if made is not None:
                 steps.append(made)
     program.steps = steps
+
+
+def _shrink_constants(program: Program) -> None:
+    """Let constants that hold one number everywhere be that number: a kernel reads it once.
+
+    The gradient of a mean is such a constant, one number for each row.
+    """
+    known: dict[Value, Value] = {}
+
+    def shrunk(x: Any) -> Any:
+        if type(x) is not Value or x.kind != "constant" or x.size < 2:
+            return x
+        if x not in known:
+            array = x.source._array
+            values, first = _backend.to_numpy(array), array.reshape(-1)[:1].reshape(()).copy()
+            same = values.tobytes() == values.reshape(-1)[:1].tobytes() * x.size
+            known[x] = Value("constant", (), x.dtype, wrap(first)) if same else x
+        return known[x]
+
+    for step in program.steps:
+        if step.name not in OPERATIONS or isinstance(step.primitive, Update):
+            continue
+        shape = step.outputs[0].shape
+        if any(x.kind != "constant" and x.shape == shape for x in step.values()):
+            step.inputs = tuple(map(shrunk, step.inputs))
 
 
 def _groups(program: Program) -> list[_Group]:
@@ -243,10 +272,8 @@ def _primitive(
             known[step.outputs[0]] = step.primitive.compute(given, step.params)
         return tuple([known[y] for y in results])
 
-    def kernel(xp: Module, *arrays: Array) -> tuple[Array, ...] | None:
-        return kernels.run(chain, shape, xp, *arrays)
-
-    return MultiPrimitive("chain", meaning, kernel=kernel)
+    kernel = functools.partial(kernels.run, chain, shape)
+    return MultiPrimitive("chain", meaning, kernel=kernel, fills=True)
 
 
 REWRITES = {

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tapegrad import _backend, _storage
 from tapegrad._backend import Array, Module, byte_bounds, owner_of
+from tapegrad._function.gradients import gathered
 from tapegrad._function.graphs import Graph, Workplace
+from tapegrad._function.lookups import Lookups
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.replay import Replay, Writes, _tensor
+from tapegrad._function.rewrites import writes_last
 from tapegrad._function.schedule import MAIN, SECOND, START, Schedule
 from tapegrad._storage import lies_in_buffer
 from tapegrad.config import config
@@ -27,6 +31,10 @@ Issue = Callable[..., list[Array]]
 
 # What was warned of: each fit makes its function anew, of the same name.
 _told: set[tuple[str, str]] = set()
+
+
+# For how many feeds a program keeps a graph: training and validation, say. Each has memory.
+_MOST_LOOPS = 4
 
 
 class DeviceReplay(Replay):
@@ -48,8 +56,11 @@ class DeviceReplay(Replay):
         for _, array in self._memory_of:
             _ = array.shape  # raises where a failed call has lost the Variable's values
         _move_constants(program, self._xp)
-        _skip_known_checks(program)
+        if not hasattr(self, "_lookups"):
+            self._lookups = Lookups(program, self._name, self._xp)
+            self._first_write = writes_last(program)
         self._schedule = Schedule(program, self._first_write)
+        self._destinations = gathered(program)
         self._given_out = [x for x in program.output_values() if x.kind in ("result", "read")]
         self._around = Writes(
             program.written(),
@@ -60,7 +71,8 @@ class DeviceReplay(Replay):
         self._used = [x in used for x in program.inputs]
         self._workplace: Workplace | None = None
         self._graph: Graph | None = None
-        self._loop: _Loop | None = None
+        # A feed that nobody has any more takes its loop along.
+        self._loops: weakref.WeakKeyDictionary[Feed, _Loop] = weakref.WeakKeyDictionary()
         self._current: Launches | None = None  # what is being launched, for its errors
         self.arena = 0
         self.text = _listing(program, self._schedule)
@@ -70,8 +82,7 @@ class DeviceReplay(Replay):
     def run(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> Any:
         """Run the program on the inputs' arrays; return the result in its structure."""
         with self._lock:
-            if self._placements != _storage.placements:
-                self._check_placements()
+            self._look_back()
             found = iter(self._results(arrays))
         leaves: list[Any] = []
         for x in self._program.outputs:
@@ -86,6 +97,12 @@ class DeviceReplay(Replay):
         kind = type(self._program.structure)
         return kind(leaves) if kind in (list, tuple) else leaves[0]
 
+    def _look_back(self) -> None:
+        """See to what has happened since the last call."""
+        self._lookups.look()
+        if self._placements != _storage.placements:
+            self._check_placements()
+
     def _results(self, arrays: Sequence[Array]) -> list[Array]:
         """Return what the program gives, in memory of the caller's own."""
         graphs = self._uses_graphs()
@@ -95,13 +112,15 @@ class DeviceReplay(Replay):
                 self._graph = self._capture(self._workplace, self._issue, inputs)
                 self.arena = 0 if self._graph is None else self._graph.nbytes
             if self._graph is not None:
-                return self._graph.launch(arrays, self._around)
+                return self._followed(self._graph.launch(arrays, self._around))
             graphs = False
         if self._writes:
             # A view of a Variable keeps its values: the program's own writes would change them.
             arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
         if not graphs:
-            results = Launches(self._schedule, arrays).run(self._given_out, self._around)
+            self._lookups.at_once = True
+            launches = Launches(self._schedule, self._destinations, arrays)
+            results = launches.run(self._given_out, self._around)
             return [a.copy() if _is_shared(a, arrays) else a for a in results]
         place = Workplace(self._xp)
         # Laid out as the graph's own inputs will be: for others there may be other kernels to build
@@ -114,7 +133,7 @@ class DeviceReplay(Replay):
         return results
 
     def _uses_graphs(self) -> bool:
-        if self._why_plain is not None or not config.cuda_graphs:
+        if self._why_plain is not None or not config.cuda_graphs or config.debug:
             return False
         # A caller who captures a graph of their own gets the launches into it.
         return not self._xp.cuda.get_current_stream().is_capturing()
@@ -123,8 +142,9 @@ class DeviceReplay(Replay):
         self, place: Workplace, inputs: Sequence[Array], around: Writes | None = None
     ) -> list[Array]:
         """Launch the program in a workplace; return what is given out of it."""
-        self._current = Launches(self._schedule, inputs, place)
-        return self._current.run(self._given_out, around)
+        self._lookups.at_once = False
+        self._current = Launches(self._schedule, self._destinations, inputs, place)
+        return self._current.run(self._given_out, around) + self._lookups.told
 
     def _warm_up(self, place: Workplace, issue: Issue, arrays: Sequence[Array]) -> list[Array]:
         """Launch a program where it will be captured."""
@@ -135,6 +155,12 @@ class DeviceReplay(Replay):
                 self._stay_plain("it computes with NumPy's arrays too", self._current.on_host)
         finally:
             self._current = None
+        return self._followed(results)
+
+    def _followed(self, results: list[Array]) -> list[Array]:
+        """Return the results of a launch without what tells of its lookups."""
+        if self._lookups.told:
+            self._lookups.follow(results.pop())
         return results
 
     def _capture(
@@ -165,8 +191,7 @@ class DeviceReplay(Replay):
         program is not replayed as a graph.
         """
         with self._lock:
-            if self._placements != _storage.placements:
-                self._check_placements()
+            self._look_back()
             if not self._uses_graphs():
                 return None
             stacks = self._stacks(feed, first)
@@ -176,14 +201,18 @@ class DeviceReplay(Replay):
         return [_tensor(next(found)) if type(x) is Value else x for x in self._program.outputs]
 
     def _stacks(self, feed: Feed, first: int) -> list[Array] | None:
-        loop = self._loop
+        loop = self._loops.pop(feed, None)
+        if loop is not None:
+            self._loops[feed] = loop  # the last to have been used
         issue = functools.partial(self._issue_many, feed)
-        if loop is None or loop.feed is not feed:
+        if loop is None:
             place = Workplace(self._xp)
             position = self._xp.full((), first, np.int64)
             results = self._warm_up(place, issue, [feed.order, position])
             if self._why_plain is None:
-                self._loop = _Loop(feed, place)
+                self._loops[feed] = _Loop(place, feed.count)
+                if len(self._loops) > _MOST_LOOPS:
+                    del self._loops[next(iter(self._loops))]
             return results
         if loop.graph is None:
             like = [feed.order, self._xp.empty((), np.int64)]
@@ -191,7 +220,7 @@ class DeviceReplay(Replay):
             if loop.graph is None:
                 return None
         order = None if loop.order is feed.order else feed.order
-        results = loop.graph.launch([order, first], self._around)
+        results = self._followed(loop.graph.launch([order, first], self._around))
         loop.order = feed.order
         return results
 
@@ -200,23 +229,25 @@ class DeviceReplay(Replay):
     ) -> list[Array]:
         """Launch the program on batch after batch; return its results, stacked."""
         xp = self._xp
+        self._lookups.at_once = False
         order, position = inputs
         places = xp.take(order, position + xp.arange(feed.count), axis=0)
         values = list(self._program.output_values())
         stacks = [xp.empty((feed.count, *x.shape), x.dtype) for x in values]
         for k in range(feed.count):
             batch = [xp.take(x, places[k], axis=0) for x in feed.arrays]
-            self._current = Launches(self._schedule, batch, place)
+            self._current = Launches(self._schedule, self._destinations, batch, place)
             for stack, y in zip(stacks, self._current.run(values, around), strict=True):
                 stack[k] = y
-        return stacks
+        return stacks + self._lookups.told
 
     # ---- where there is no graph
 
     def _stay_plain(self, cause: str, step: Step | None) -> None:
         where = "" if step is None else f" ({step.name} at {step.where})"
         self._why_plain = f"{cause}{where}"
-        self._workplace = self._graph = self._loop = None
+        self._workplace = self._graph = None
+        self._loops.clear()
         key = self._name, self._why_plain
         if key not in _told:
             _told.add(key)
@@ -239,14 +270,17 @@ class DeviceReplay(Replay):
             how = f"plain launches of {steps} steps: {self._why_plain}"
         elif not config.cuda_graphs:
             how = f"plain launches of {steps} steps: tg.config.cuda_graphs is False"
+        elif config.debug:
+            how = f"plain launches of {steps} steps: tg.config.debug is True"
         elif self._graph is None:
             how = f"{steps} steps{beside}, to be captured as a CUDA graph in the next calls"
         else:
             size = f"{self.arena / 2**10:.1f} KiB of its own memory"
             how = f"a CUDA graph of {steps} steps{beside}; {size}"
-        if self._loop is not None and self._loop.graph is not None:
-            size = f"{self._loop.graph.nbytes / 2**10:.1f} KiB"
-            how += f"; another of {self._loop.feed.count} batches, {size}"
+        for loop in self._loops.values():
+            if loop.graph is not None:
+                size = f"{loop.graph.nbytes / 2**10:.1f} KiB"
+                how += f"; another of {loop.count} batches, {size}"
         return f"# {self._name}: {how}\n{self.text}"
 
 
@@ -268,9 +302,9 @@ class Feed:
 class _Loop:
     """A graph of several steps on the batches of a feed, or what becomes one."""
 
-    def __init__(self, feed: Feed, place: Workplace) -> None:
-        self.feed = feed
+    def __init__(self, place: Workplace, count: int) -> None:
         self.place = place
+        self.count = count
         self.graph: Graph | None = None
         self.order: Array | None = None  # what the graph was given last
 
@@ -278,15 +312,22 @@ class _Loop:
 class Launches:
     """One run through a schedule's launches: the values, and where they lie.
 
+    destinations  where values are to be written, if the kernel can: gradients, to where they are
+             gathered.
     place    with streams for both branches; None for all on the caller's stream.
     step     the step that is being launched.
     on_host  a step that took or gave an array of NumPy, which no graph can hold.
     """
 
     def __init__(
-        self, schedule: Schedule, inputs: Sequence[Array], place: Workplace | None = None
+        self,
+        schedule: Schedule,
+        destinations: Mapping[Value, Array],
+        inputs: Sequence[Array],
+        place: Workplace | None = None,
     ) -> None:
         self._schedule = schedule
+        self._destinations = destinations
         self._inputs = inputs
         self._place = place
         self._arrays: dict[Value, Array] = {}
@@ -343,7 +384,7 @@ class Launches:
         if isinstance(primitive, Update):
             primitive.compute([*(v._array for v in step.writes), *arrays], step.params)
         else:
-            found = primitive.compute(arrays, step.params)
+            found = primitive.compute(arrays, step.params, self._out(step))
             outputs = found if isinstance(primitive, MultiPrimitive) else (found,)
             self._arrays.update(zip(step.outputs, outputs, strict=True))
             arrays.extend(outputs)
@@ -360,9 +401,15 @@ class Launches:
             return self._inputs[x.source]
         return x.source._array
 
+    def _out(self, step: Step) -> list[Array | None] | None:
+        out = [self._destinations.get(y) for y in step.outputs]
+        return None if all(array is None for array in out) else out
+
     def _keep(self, x: Value, writes: Sequence[Variable]) -> None:
-        """Move a value out of the memory that is written next."""
+        """Move a value out of the memory that is written next, unless it is what is written."""
         array = self._array(x)
+        if array is self._destinations.get(x):
+            return
         if any(_overlap(array, v._array) for v in writes):
             self._arrays[x] = array.copy()
 
@@ -386,14 +433,6 @@ def _move_constants(program: Program, xp: Module) -> None:
     for step in program.steps:
         step.inputs = tuple(map(here, step.inputs))
     program.outputs = list(map(here, program.outputs))
-
-
-def _skip_known_checks(program: Program) -> None:
-    """Let no step wait for a look at indices that are constants: they were fine when recorded."""
-    for step in program.steps:
-        indices = step.inputs[1:]
-        if step.name == "getitem" and indices and all(x.kind == "constant" for x in indices):
-            step.params = {**step.params, "in_range": True}
 
 
 def _overlap(a: Array, b: Array) -> bool:

@@ -449,6 +449,9 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
     function's own closure, defaults and globals count too. All else that it finds outside
     (attributes, lists) is taken as it was when it was recorded: `check` finds what should not be.
     What is no operation of tapegrad (printing, appending to a list) happens while recording only.
+    On a GPU an index out of range stops no call, unless it is a constant: what is taken is NaN, and
+    `IndexError` is raised when values are next looked at, or by a later call of the function. With
+    `tg.config.debug = True` the call itself raises, before anything is written.
     A tape that listens around a call hears the operations one by one: then nothing is replayed.
 
     Raises `FunctionError` where a value that depends on the inputs becomes a Python number

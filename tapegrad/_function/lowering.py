@@ -11,6 +11,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._flat_update import FlatUpdate
+from tapegrad._function.gradients import gathered
 from tapegrad._function.layout import Layout, Pair
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import ends
@@ -241,18 +242,9 @@ class Lowering:
     # ---- gradients that go straight into the optimiser's flat buffer
 
     def _choose_destinations(self) -> None:
-        gathers = [step for step in self.program.steps if step.name == "gather_gradients"]
-        into = Counter(id(step.writes[0]._buffer) for step in gathers)
-        for step in gathers:
-            target = step.writes[0]
-            if into[id(target._buffer)] > 1:
-                continue
-            for x, start in zip(step.inputs, step.params["places"], strict=True):
-                if x.kind == "result" and x.shape and x not in self._outputs:
-                    if x in self.destinations:
-                        continue
-                    part = target._array[start : start + x.size].reshape(x.shape)
-                    self.destinations[x] = Place("static", x.shape, x.dtype, array=part)
+        for x, part in gathered(self.program).items():
+            if x not in self._outputs:
+                self.destinations[x] = Place("static", x.shape, x.dtype, array=part)
 
     # ---- what lowerings build with
 

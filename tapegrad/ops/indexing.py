@@ -10,7 +10,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
-from tapegrad._index import FULL, SLOT, Index, filled, index_array, parse
+from tapegrad._index import FULL, SLOT, Index, filled, index_array, parse, slot_axes
 from tapegrad.kernels import scatter_add as kernels
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
@@ -29,27 +29,15 @@ def _getitem_forward(
 
 def _check_bounds(shape: tuple[int, ...], arrays: tuple[Array, ...], index: Index) -> None:
     """Raise `IndexError` where NumPy would: CuPy wraps an index that is out of range, silently."""
-    rest = iter(arrays)
-    parts = [next(rest) if part is SLOT else part for part in index]
-    taken = [
-        0 if part is None or part is Ellipsis else getattr(part, "ndim", 1) if _is_mask(part) else 1
-        for part in parts
-    ]
-    axis = 0
-    for part, axes in zip(parts, taken, strict=True):
-        if part is Ellipsis:
-            axes = len(shape) - sum(taken)
-        elif _is_mask(part) and part.shape != shape[axis : axis + axes]:  # CuPy lets (0,) pass
-            raise IndexError(f"a boolean index of shape {part.shape} does not fit {shape}")
-        elif hasattr(part, "dtype") and not _is_mask(part) and part.size:
+    masks = [array.dtype.kind == "b" for array in arrays]
+    taken = [array.ndim if mask else 1 for array, mask in zip(arrays, masks, strict=True)]
+    for array, mask, axis in zip(arrays, masks, slot_axes(len(shape), index, taken), strict=True):
+        if mask and array.shape != shape[axis : axis + array.ndim]:  # CuPy lets (0,) pass
+            raise IndexError(f"a boolean index of shape {array.shape} does not fit {shape}")
+        if not mask and array.size:
             length = shape[axis]
-            if int(part.min()) < -length or int(part.max()) >= length:
+            if int(array.min()) < -length or int(array.max()) >= length:
                 raise IndexError(f"index out of bounds for axis {axis} with size {length}")
-        axis += axes
-
-
-def _is_mask(part: Any) -> bool:
-    return hasattr(part, "dtype") and part.dtype.kind == "b"
 
 
 def _getitem_vjp(

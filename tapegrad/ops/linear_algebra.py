@@ -37,20 +37,23 @@ _matmul: Primitive = primitive(
     lambda g, _y, _x1, x2: matmul_nt(g, x2),
     lambda g, _y, x1, _x2: matmul_tn(x1, g),
     kernel=gemm.matmul,
+    fills=True,
 )
 matmul_nt: Primitive = primitive(
     "matmul_nt",
     lambda xp, x1, x2: product(xp, x1, x2.swapaxes(-1, -2)),
     lambda g, _y, _x1, x2: _matmul(g, x2),
     lambda g, _y, x1, _x2: matmul_tn(g, x1),
-    kernel=lambda xp, x1, x2: gemm.matmul(xp, x1, x2.swapaxes(-1, -2)),
+    kernel=lambda xp, x1, x2, **out: gemm.matmul(xp, x1, x2.swapaxes(-1, -2), **out),
+    fills=True,
 )
 matmul_tn: Primitive = primitive(
     "matmul_tn",
     lambda xp, x1, x2: product(xp, x1.swapaxes(-1, -2), x2),
     lambda g, _y, _x1, x2: matmul_nt(x2, g),
     lambda g, _y, x1, _x2: _matmul(x1, g),
-    kernel=lambda xp, x1, x2: gemm.matmul(xp, x1.swapaxes(-1, -2), x2),
+    kernel=lambda xp, x1, x2, **out: gemm.matmul(xp, x1.swapaxes(-1, -2), x2, **out),
+    fills=True,
 )
 
 

@@ -198,6 +198,39 @@ def test_threads() -> None:
     assert v.tolist() == [100.0] * 3
 
 
+@pytest.mark.parametrize("dtype", ["i8", "i4"])
+def test_lookups(dtype: str) -> None:
+    """Out of range they are NaN; whatever waits for the device next tells of it."""
+
+    def step(table: Any, i: Any) -> Any:
+        with tg.GradientTape() as tape:
+            tape.watch(table)
+            taken = table[i + 0]
+        return taken, tape.gradient(taken, table)
+
+    lookup = tg.function(lambda table, i: tg.take(table, i + 0, axis=0))
+    with_gradient = tg.function(step)
+    table = RNG.normal(size=(50, 7)).astype("f4")
+    for call in range(12):
+        i = RNG.integers(-50, 50, 33).astype(dtype)
+        if wrong := call % 3 == 2 and call > 3:
+            i[5], i[9] = 50, -51
+        arguments = tg.constant(table), tg.constant(i)
+        y = lookup(*arguments)
+        z, g = with_gradient(*arguments)
+        if wrong:
+            with pytest.raises(IndexError, match=r"\[getitem\] index out of bounds .* size 50"):
+                y.numpy()
+            with pytest.raises(IndexError, match="index out of bounds for axis 0 with size 50"):
+                z.numpy()
+        want = np.insert(table, 50, np.nan, 0)[np.where((i < -50) | (i > 49), 50, i % 50)]
+        np.testing.assert_array_equal(y.numpy(), want)
+        np.testing.assert_array_equal(z.numpy(), want)
+        counts = np.bincount(np.clip(i, -50, 49) % 50, minlength=50)
+        np.testing.assert_array_equal(g.numpy(), np.broadcast_to(counts[:, None], g.shape))
+    assert "a CUDA graph of" in lookup.explain_program()
+
+
 @pytest.mark.parametrize(("rows", "per_call"), [(96, 3), (90, 5)])
 def test_several_steps_a_launch(rows: int, per_call: int) -> None:
     def take(graph: bool) -> list[bytes]:

@@ -85,10 +85,10 @@ def multiply(
     d: Matrix,
     *,
     tf32: bool = False,
-    bias: int | None = None,
-    relu: Callable[..., Any] | None = None,
+    finish: Callable[[Any, Any], Any] = lambda left, y: y,
+    scales: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0),
 ) -> None:
-    """Do d = epilogue(op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
+    """Do d = finish(op(a), op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
     left, right = a.view(), b.view()
     if tf32:
         left, right = rounded_to_tf32(left), rounded_to_tf32(right)
@@ -96,12 +96,29 @@ def multiply(
     right = right.swapaxes(1, 2) if transpose_b else right
     assert left.shape[2] == right.shape[1], "op(A) and op(B) do not fit"
     assert (left.shape[1], right.shape[2]) == (d.rows, d.columns), "D does not fit"
-    y = left.astype("f8") @ right.astype("f8")
-    if bias is not None:  # one value for each row of D
-        y = y + Matrix(bias, d.dtype, d.rows, 1, d.rows).view().astype("f8")
-    if relu is not None:
-        y = relu(y)
-    d.view()[...] = y.astype(d.dtype)
+    alpha, beta = scales()
+    y = alpha * (left.astype("f8") @ right.astype("f8"))
+    if beta:  # else D may hold NaN
+        y = y + beta * d.view().astype("f8")
+    d.view()[...] = finish(left.astype("f8"), y).astype(d.dtype)
+
+
+def mask_bits(address: int, leading: int, d: Matrix) -> np.ndarray[Any, Any]:
+    """Return the bytes of a mask: one bit for each element of a column, from the lowest on."""
+    memory = (ctypes.c_char * (d.columns * leading // 8)).from_address(address)
+    return np.ndarray((d.columns, leading // 8), np.uint8, memory)
+
+
+def write_mask(bits: np.ndarray[Any, Any], passes: np.ndarray[Any, Any]) -> None:
+    """Write which elements (rows, columns) a ReLU lets pass; the padding stays as it is."""
+    padded = np.unpackbits(bits, axis=1, bitorder="little")
+    padded[:, : len(passes)] = passes.T
+    bits[...] = np.packbits(padded, axis=1, bitorder="little")
+
+
+def read_mask(bits: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    """Return which elements (rows, columns) a mask lets pass."""
+    return np.unpackbits(bits, axis=1, bitorder="little")[:, :rows].T.astype(bool)
 
 
 class FakeCublasLt:
@@ -110,12 +127,16 @@ class FakeCublasLt:
     found       how many algorithms there are; `algorithms` says it for one epilogue's number. A
                 status of failure is written with a minus.
     keeps_nan   whether the RELU epilogue keeps NaN; the real one is said not to.
+    marks_nan   whether the mask of a RELU_AUX epilogue lets NaN pass; marks_zero: or 0.
+    multiplies  whether the DRELU epilogue multiplies by the mask, so that NaN stays.
+    sums_in_type  whether the gradient of a bias is accumulated in its own type.
     failing     pairs (epilogue, algorithm) whose launch fails.
     unusable    algorithms that the heuristic and the check answer with a state of failure.
     """
 
     def __init__(self, *, found: int = 3, keeps_nan: bool = False, version: int = 131000) -> None:
         self.found, self.keeps_nan = found, keeps_nan
+        self.marks_nan = self.marks_zero = self.multiplies = self.sums_in_type = False
         self.algorithms: dict[int, int] = {}
         self.failing: set[tuple[int, int]] = set()
         self.unusable: set[int] = set()
@@ -158,7 +179,7 @@ class FakeCublasLt:
         self.objects[number].attributes[attribute] = int.from_bytes(
             ctypes.string_at(value, size), "little"
         )
-        if attribute == 8:  # the bias of a descriptor: let another thread in
+        if attribute in (8, 11):  # the bias, or the mask, of a descriptor: let another thread in
             time.sleep(self.pause)
         return SUCCESS
 
@@ -173,14 +194,17 @@ class FakeCublasLt:
         epilogue = self._epilogue(desc)
         preference = self.objects[pref].attributes
         self.preferences.append(preference)
+        attributes = self.objects[desc].attributes
         if epilogue != 1:
-            assert self.objects[desc].attributes[8], "the bias's address says how it is aligned"
+            assert attributes[8], "the bias's address says how it is aligned"
+        if epilogue & 128:
+            assert attributes[11], "the mask's address says how it is aligned"
         number = self.algorithms.get(epilogue, self.found)
         if number <= 0:
             return -number or UNSUPPORTED
         found[0] = min(count, number)
         for i in range(found[0]):
-            results[i].algorithm[:] = bytes([epilogue, i] + [0] * 62)
+            results[i].algorithm[:] = bytes([epilogue & 255, i, epilogue >> 8] + [0] * 61)
             results[i].workspace = min(i * 1024, preference[1])
             results[i].state = UNSUPPORTED if i in self.unusable else SUCCESS
         return SUCCESS
@@ -213,10 +237,12 @@ class FakeCublasLt:
         compute, scale = self.objects[desc].arguments
         attributes = self.objects[desc].attributes
         number = {0: ctypes.c_float, 1: ctypes.c_double}[scale]
-        assert number.from_address(alpha).value == 1.0
-        assert number.from_address(beta).value == 0.0
+        on_device = attributes.get(2, 0) == 1
+        scales = lambda: (number.from_address(alpha).value, number.from_address(beta).value)
+        assert on_device or scales() == (1.0, 0.0)
         assert (c, c_layout) == (d, d_layout)
-        epilogue, index = ctypes.string_at(algorithm, 2)
+        low, index, high = ctypes.string_at(algorithm, 3)
+        epilogue = low | high << 8
         assert epilogue == attributes[7], "an algorithm of another epilogue"
         needed = index * 1024
         assert size >= needed
@@ -224,7 +250,6 @@ class FakeCublasLt:
             ctypes.memset(workspace, 0xFF, size)  # it may hold anything afterwards
         if (epilogue, index) in self.failing:
             return FAILED
-        relu = np.maximum if self.keeps_nan else np.fmax
         matrices = [self._matrix(*m) for m in ((a, a_layout), (b, b_layout), (d, d_layout))]
         self.launches.append(
             types.SimpleNamespace(
@@ -234,22 +259,69 @@ class FakeCublasLt:
                 transposed=(attributes[3], attributes[4]),
             )
         )  # fmt: skip
-        bias = attributes[8] if epilogue & 4 else None
+        bias = attributes.get(8) if epilogue != 1 else None
+        mask = attributes[11] if epilogue & 128 else None
         with np.errstate(all="ignore"):
             launch = functools.partial(
                 multiply,
                 *(matrices[0], bool(attributes[3]), matrices[1], bool(attributes[4]), matrices[2]),
                 tf32=compute == 77,
-                bias=bias,
-                relu=(lambda y: relu(y, 0)) if epilogue & 2 else None,
+                scales=scales,
+                finish=self._finish(epilogue, matrices[2], bias, mask, attributes.get(12)),
             )
             touched = [m.on_device() for m in matrices]
             if bias is not None:
                 touched.append(Matrix(bias, matrices[2].dtype, matrices[2].rows, 1, 1).on_device())
+            if mask is not None:
+                row = attributes[12] // 8
+                touched.append(Matrix(mask, np.uint8, row, matrices[2].columns, row).on_device())
+            if on_device:
+                kind = np.dtype(number)
+                touched += [Matrix(a, kind, 1, 1, 1).on_device() for a in (alpha, beta)]
             if size:
                 touched.append(Matrix(workspace, np.uint8, size, 1, size).on_device())
             device.kernel("cublasLtMatmul", lambda views: launch(), touched)
         return SUCCESS
+
+    def _finish(
+        self, epilogue: int, d: Matrix, bias: int | None, mask: int | None, leading: int | None
+    ) -> Callable[[Any, Any], Any]:
+        """Return what an epilogue does to a product, from op(A) and the product."""
+        relu = np.maximum if self.keeps_nan else np.fmax
+        beside = bits = np.empty(0)
+        if bias is not None:  # one value for each row of D
+            beside = Matrix(bias, d.dtype, d.rows, 1, d.rows).view()
+        if mask is not None:
+            assert leading is not None
+            assert leading % 128 == 0
+            assert leading >= d.rows
+            assert mask % 16 == 0
+            assert d.batch == 1
+            bits = mask_bits(mask, leading, d)
+        if epilogue & (16 | 256):
+            assert d.rows > 1, "refused by real ones"
+            assert d.columns > 1, "refused by real ones"
+
+        def finish(left: Any, y: Any) -> Any:
+            if epilogue & 4:
+                y = y + beside.astype("f8")
+            if epilogue & 2:
+                if mask is not None:
+                    passes = y[0] > 0
+                    passes |= self.marks_nan & np.isnan(y[0]) | self.marks_zero & (y[0] == 0)
+                    write_mask(bits, passes)
+                y = relu(y, 0)
+            if epilogue & 8:
+                passes = read_mask(bits, d.rows)
+                y = y * passes if self.multiplies else np.where(passes, y, 0)
+            if epilogue & (16 | 256):
+                terms = y if epilogue & 16 else left
+                if self.sums_in_type:
+                    terms = np.add.accumulate(terms.astype(d.dtype), 2)[..., -1:]
+                beside[...] = terms.sum(2, keepdims=True)
+            return y
+
+        return finish
 
 
 class FakeTimer:

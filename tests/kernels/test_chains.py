@@ -134,6 +134,39 @@ def test_types_and_edges(shape, dtype):
     check(got, in_float64(chain_alone, *arrays), units=8 if shape[0] < 1000 else 32)
 
 
+@pytest.mark.parametrize(
+    ("constant", "kind"),
+    [
+        (np.full((33, 12), 0.5, "f4"), "one"),
+        (np.full((33, 1), 0.5, "f4"), "one"),
+        (np.broadcast_to(np.float32(0.5), (33, 12)), "one"),
+        (normal(33, 12), "each"),
+        (np.where(np.arange(12) == 5, -0.0, np.zeros((33, 12))).astype("f4"), "each"),
+        (np.full(12, 0.5, "f4"), "one"),
+        (normal(12), "row"),
+    ],
+)
+def test_a_constant_of_one_number_is_read_once(constant, kind, monkeypatch):
+    found = []
+    run = chains.run
+    monkeypatch.setattr(chains, "run", lambda chain, *a: found.append(chain) or run(chain, *a))
+    f = lambda x: (tg.tanh(x * constant) + 1.0,)
+    x = normal(33, 12, seed=1)
+    with device():
+        got, names = compiled(f, x)
+    assert names == ["chain"]
+    assert sorted(x.kind for x in found[-1].inputs) == sorted(["each", kind])
+    check(got, in_float64(f, x))
+
+
+def test_a_constant_that_gives_the_shape_stays():
+    f = lambda x: (x * np.full((33, 12), 0.5, "f4"),)
+    x = normal(12)
+    with device():
+        got, _ = compiled(f, x)
+    check(got, in_float64(f, x))
+
+
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_under_sanitizers(mode):
     step, arrays = layer(tg.nn.gelu), arrays_of(257, 12)
