@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,11 @@ class FlatUpdate(Update):
     rule     what is done with a block.
     numbers  what the rule needs, of the hyper-parameters: Python numbers, or a device's arrays.
 
-    One setting more than `numbers` takes is a factor for the gradient.
+    One setting more than `numbers` takes is a factor for the gradient. Parameters go to the rule,
+    but for those that `numbers` takes by name.
     """
 
-    __slots__ = ("numbers", "rule", "settings")
+    __slots__ = ("named", "numbers", "rule", "settings")
 
     def __init__(
         self,
@@ -35,18 +37,29 @@ class FlatUpdate(Update):
         super().__init__(name, self._forward, writes=writes, kernel=kernel)
         self.rule = rule
         self.numbers = numbers
-        self.settings = numbers.__code__.co_argcount
+        code = numbers.__code__
+        self.settings = code.co_argcount
+        self.named = code.co_varnames[self.settings :][: code.co_kwonlyargcount]
 
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
         arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
         g = arrays[-1]
         settings, factors = settings[: self.settings], settings[self.settings :]
+        formula, params = self.formula(params)
         if xp is np:  # a ufunc takes an array without axes in two thirds of the time of a scalar
-            numbers = [np.array(k, g.dtype) for k in self.numbers(*[x.item() for x in settings])]
+            numbers = [np.array(k, g.dtype) for k in formula(*[x.item() for x in settings])]
         else:  # computed where they are: asking for their values would wait for the device
-            numbers = [k.astype(g.dtype) for k in self.numbers(*settings)]
+            numbers = [k.astype(g.dtype) for k in formula(*settings)]
         factor = factors[0].astype(g.dtype) if factors else None
         self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, factor, **params)
+
+    def formula(self, params: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """Return the numbers as a function of the settings alone, and the rule's parameters."""
+        own = {name: params[name] for name in self.named if name in params}
+        if not own:
+            return self.numbers, params
+        rest = {name: value for name, value in params.items() if name not in own}
+        return functools.partial(self.numbers, **own), rest
 
     def update_blocks(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from types import CodeType
 from typing import Any, Protocol
 
 import numpy as np
@@ -144,8 +146,8 @@ def tell_copied(x: Any, copy: Any) -> None:
 _own_code: set[Any] = set()
 
 
-def user_location() -> str:
-    """Return `file:line` of the innermost call that is not tapegrad's own."""
+def user_call() -> tuple[CodeType, int]:
+    """Return the innermost call that is not tapegrad's own, to be told by `told`."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         code = frame.f_code
@@ -154,4 +156,16 @@ def user_location() -> str:
                 break
             _own_code.add(code)
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return frame.f_code, frame.f_lasti
+
+
+def told(call: tuple[CodeType, int]) -> str:
+    """Return a call as `file:line`; finding the line takes 0.3 us, so it is done on demand."""
+    code, instruction = call
+    line = next(itertools.islice(code.co_positions(), instruction // 2, None))[0]
+    return f"{code.co_filename}:{line or code.co_firstlineno}"
+
+
+def user_location() -> str:
+    """Return `file:line` of the innermost call that is not tapegrad's own."""
+    return told(user_call())

@@ -14,26 +14,26 @@ from typing import Any
 Path = tuple[str, ...]
 
 
-# Whether a type is a container, found once for each type: the question is asked of every leaf.
-_is_container_type: dict[type, bool] = {}
+# What types are, found once for each: the question is asked of every leaf.
+_leaf_types: set[type] = set()
+_container_types: set[type] = {list, tuple, dict}
 
 
 def is_container(value: Any) -> bool:
     """Tell whether `value` is a container whose leaves are meant, and not a leaf itself."""
-    return _is_container_kind(type(value))
-
-
-def _is_container_kind(kind: type) -> bool:
-    known = _is_container_type.get(kind)
-    if known is None:
-        known = issubclass(kind, (list, tuple, Mapping, ValuesView))
-        known = _is_container_type[kind] = known or dataclasses.is_dataclass(kind)
+    kind = type(value)
+    if kind in _leaf_types:
+        return False
+    if kind in _container_types:
+        return True
+    known = issubclass(kind, (list, tuple, Mapping, ValuesView)) or dataclasses.is_dataclass(kind)
+    (_container_types if known else _leaf_types).add(kind)
     return known
 
 
 def _holds_leaves(sequence: Sequence[Any]) -> bool:
-    """Tell whether there is no container in a list or tuple, by asking once for each type."""
-    return not any(map(_is_container_kind, set(map(type, sequence))))
+    """Tell whether there is no container in a list or tuple."""
+    return _leaf_types.issuperset(map(type, sequence)) or not any(map(is_container, sequence))
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -64,11 +64,11 @@ def flatten_with_paths(structure: Any, name: str = "") -> list[tuple[str, Any]]:
 
 def flatten(structure: Any) -> list[Any]:
     """Return the leaves, in order."""
-    if not is_container(structure):
-        return [structure]
     kind = type(structure)
     if (kind is list or kind is tuple) and _holds_leaves(structure):
         return list(structure)
+    if not is_container(structure):
+        return [structure]
     children = structure if kind is list or kind is tuple else [c for _, c in _items(structure)]
     leaves: list[Any] = []
     for child in children:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ _ALIGNMENT = 256
 # scratch of a block's size and numbers of the parameters' type (a wider type would promote). Its
 # numbers come from the hyper-parameters, 0-d float64 arrays, and `step`, a 0-d int64 array: a
 # compiled program reads them anew in every call.
+#
+# A moving average `a = keep * a + (1 - keep) * x` may be kept as a / unit, where the unit is what
+# 1 - keep was at first: then x is added as it is, and a pass over memory is saved for each average.
 
 
 def _sgd_numbers(learning_rate: float) -> tuple[float, ...]:
@@ -101,8 +104,20 @@ def _adagrad_rule(
     xp.subtract(p, spare, p)
 
 
-def _rmsprop_numbers(learning_rate: float, rho: float, epsilon: float) -> tuple[float, ...]:
-    return learning_rate, rho, 1 - rho, epsilon
+def _average(xp: Module, a: Array, x: Array, spare: Array, keep: Any, take: Any) -> None:
+    """Let a = keep * a + take * x; x may be spare."""
+    if xp is not np or take.item() != 1:  # a device would be waited for
+        xp.multiply(x, take, spare)
+        x = spare
+    xp.multiply(a, keep, a)
+    xp.add(a, x, a)
+
+
+def _rmsprop_numbers(
+    learning_rate: float, rho: float, epsilon: float, *, unit_of_mean_square: float = 1.0
+) -> tuple[float, ...]:
+    root = _square_root(unit_of_mean_square)
+    return learning_rate / root, rho, (1 - rho) / unit_of_mean_square, epsilon / root
 
 
 def _rmsprop_rule(
@@ -117,9 +132,7 @@ def _rmsprop_rule(
     eps: Any,
 ) -> None:
     xp.multiply(g, g, spare)
-    xp.multiply(spare, take, spare)
-    xp.multiply(v, keep, v)
-    xp.add(v, spare, v)
+    _average(xp, v, spare, spare, keep, take)
     _divide_by_root(xp, g, v, spare, rate, eps)
     xp.subtract(p, spare, p)
 
@@ -131,16 +144,19 @@ def _adam_numbers(
     beta_2: float,
     epsilon: float,
     weight_decay: float,
+    *,
+    unit_of_m: float = 1.0,
+    unit_of_v: float = 1.0,
 ) -> tuple[float, ...]:
     # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
     # the root: two passes over memory fewer.
-    root = _square_root(1 - beta_2**step)
+    root = _square_root((1 - beta_2**step) / unit_of_v)
     return (
         beta_1,
-        1 - beta_1,
+        (1 - beta_1) / unit_of_m,
         beta_2,
-        1 - beta_2,
-        learning_rate * root / (1 - beta_1**step),
+        (1 - beta_2) / unit_of_v,
+        learning_rate * root * (unit_of_m / (1 - beta_1**step)),
         epsilon * root,
         1 - learning_rate * weight_decay,
     )
@@ -158,25 +174,20 @@ def _adam_rule(
     v: Array,
     g: Array,
     spare: Array,
-    b1: Any,
-    new1: Any,
-    b2: Any,
-    new2: Any,
+    keep_m: Any,
+    take_m: Any,
+    keep_v: Any,
+    take_v: Any,
     rate: Any,
     eps: Any,
     shrink: Any,
 ) -> None:
-    multiply, add = xp.multiply, xp.add
-    multiply(g, new1, spare)
-    multiply(m, b1, m)
-    add(m, spare, m)
-    multiply(g, g, spare)
-    multiply(spare, new2, spare)
-    multiply(v, b2, v)
-    add(v, spare, v)
+    _average(xp, m, g, spare, keep_m, take_m)
+    xp.multiply(g, g, spare)
+    _average(xp, v, spare, spare, keep_v, take_v)
     _divide_by_root(xp, m, v, spare, rate, eps)
     if xp is not np or shrink.item() != 1:
-        multiply(p, shrink, p)
+        xp.multiply(p, shrink, p)
     xp.subtract(p, spare, p)
 
 
@@ -239,18 +250,27 @@ class _Run(NamedTuple):
     # A run for each of them, where that costs less than to gather the gradients: on NumPy, and
     # not in a program, which computes them where they are gathered.
     parts: tuple[_Run, ...]
+    units: dict[str, float]  # of the slots, by the names under which the update takes them
 
 
 class _Group:
-    """Variables that lie in one buffer, one after the other, with slots of the same layout."""
+    """Variables that lie in one buffer, one after the other, with slots of the same layout.
 
-    def __init__(self, members: list[Variable], slots: Sequence[float]) -> None:
+    units  what each slot is kept in: in the buffer lie its values divided by it.
+    """
+
+    def __init__(
+        self, members: list[Variable], slots: Sequence[float], units: dict[str, float]
+    ) -> None:
         self._xp = xp = _backend.module_of((members[0]._array,))
         if xp is not np:  # matrices first: what their products do not update is then in one piece
             members = sorted(members, key=lambda v: v.ndim != 2)
         self.members = members
         first = members[0]
         self.dtype = first.dtype
+        # A kernel saves nothing by it, and 16 bits have no room for it.
+        plain = xp is np and not _backend.runs_kernels(xp)
+        self.units = units if plain and self.dtype.itemsize >= 4 else {}
         if len(members) == 1 and first._buffer.shared:  # packed by another optimiser: it stays
             self._places = [0]
             self._flat = first._array.reshape(-1)
@@ -317,13 +337,15 @@ class _Group:
             over_memory(self._gradient_buffer, self._gradients[part]),
             tuple(self._places[i] - start for i in stretch),
             tuple(self._run([i], padded=False) for i in stretch) if apart else (),
+            {f"unit_of_{name}": unit for name, unit in self.units.items()},
         )
 
-    def slot_of(self, variable: Variable, slot: int) -> Array:
-        """Return a variable's part of a slot, in its shape."""
+    def slot_of(self, variable: Variable, name: str, slot: int) -> Array:
+        """Return the values of a variable's part of a slot, in its shape."""
         i = next(k for k, member in enumerate(self.members) if member is variable)
         place = self._places[i]
-        return self._slots[slot][place : place + variable.size].reshape(variable.shape)
+        part = self._slots[slot][place : place + variable.size].reshape(variable.shape)
+        return part * self.units[name] if name in self.units else part
 
 
 class Optimizer:
@@ -343,6 +365,8 @@ class Optimizer:
 
     _SLOTS: tuple[str, ...] = ()
     _START: tuple[float, ...] = ()  # the slots' first values; zeros if empty
+    # The slots that are moving averages, and which hyper-parameter says what they keep.
+    _AVERAGES: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -437,7 +461,8 @@ class Optimizer:
                     memory = run.parameters
                     memory._buffer.before_write(memory._array)  # at once, not part by part
                     for part, g in zip(run.parts, chosen, strict=True):
-                        self._update(part.parameters, part.slots, reshape(g, shape=(g.size,)))
+                        flat = reshape(g, shape=(g.size,))
+                        self._update(part.parameters, part.slots, flat, part.units)
                     continue
                 gather_gradients(run.gradients, *chosen, places=run.places)
                 gathered.append(run)
@@ -446,7 +471,7 @@ class Optimizer:
                 scale = self._hyperparameters.get("loss_scale_factor", 1.0)
                 gradient_factor(factor, limit, scale, *[run.gradients for run in gathered])
             for run in gathered:
-                self._update(run.parameters, run.slots, run.gradients)
+                self._update(run.parameters, run.slots, run.gradients, run.units)
 
     def _runs(
         self, gradients: list[Tensor | None], variables: list[Variable]
@@ -464,7 +489,16 @@ class Optimizer:
         """Take one step with structures of gradients and of variables that correspond."""
         self.apply_gradients(zip(flatten(gradients), flatten(variables), strict=True))
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
+    def _units(self) -> dict[str, float]:
+        """Return what slots may be kept in: see above, at the updates."""
+        return {
+            slot: 1 - self._hyperparameters[keep]._array.item()
+            for slot, keep in self._AVERAGES.items()
+        }
+
+    def _update(
+        self, p: Variable, slots: tuple[Variable, ...], g: Operand, units: dict[str, float]
+    ) -> None:
         raise NotImplementedError
 
     def _checked(self, grads_and_vars: Iterable[Any]) -> tuple[list[Tensor | None], list[Variable]]:
@@ -518,7 +552,7 @@ class Optimizer:
         fresh = [v for v in variables if v.id not in self._place_of]
         if not fresh:
             return
-        start = self._START or (0.0,) * len(self._SLOTS)
+        start, units = self._START or (0.0,) * len(self._SLOTS), self._units()
         together: dict[tuple[str, np.dtype[Any]], list[Variable]] = {}
         groups: list[list[Variable]] = []
         for v in fresh:
@@ -529,7 +563,7 @@ class Optimizer:
             else:
                 together.setdefault((v.backend, v.dtype), []).append(v)
         for members in [*together.values(), *groups]:
-            group = _Group(members, start)
+            group = _Group(members, start, units)
             self._groups.append(group)
             self._place_of.update((v.id, (group, i)) for i, v in enumerate(group.members))
         self._move_to(fresh[0])
@@ -548,7 +582,7 @@ class Optimizer:
         if variable.id not in self._place_of or name not in self._SLOTS:
             raise KeyError(f"no slot {name!r} for variable {variable.name!r} in {self.name}")
         group, _ = self._place_of[variable.id]
-        return Tensor(group.slot_of(variable, self._SLOTS.index(name)))
+        return Tensor(group.slot_of(variable, name, self._SLOTS.index(name)))
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={float(v):g}" for k, v in self._hyperparameters.items())
@@ -590,7 +624,9 @@ class SGD(Optimizer):
         if self._has_momentum:
             self._SLOTS = ("velocity",)
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
+    def _update(
+        self, p: Variable, slots: tuple[Variable, ...], g: Operand, units: dict[str, float]
+    ) -> None:
         if not self._has_momentum:
             sgd_update(p, g, self._hyperparameters["learning_rate"], *self._factor)
             return
@@ -633,7 +669,9 @@ class Adagrad(Optimizer):
             )
         self._START = (float(initial_accumulator_value),)
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
+    def _update(
+        self, p: Variable, slots: tuple[Variable, ...], g: Operand, units: dict[str, float]
+    ) -> None:
         adagrad_update(p, *slots, g, *self._settings)
 
 
@@ -647,6 +685,7 @@ class RMSprop(Optimizer):
     """
 
     _SLOTS = ("mean_square",)
+    _AVERAGES: ClassVar[dict[str, str]] = {"mean_square": "rho"}
 
     def __init__(
         self,
@@ -667,8 +706,10 @@ class RMSprop(Optimizer):
             epsilon=epsilon,
         )
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        rmsprop_update(p, *slots, g, *self._settings)
+    def _update(
+        self, p: Variable, slots: tuple[Variable, ...], g: Operand, units: dict[str, float]
+    ) -> None:
+        rmsprop_update(p, *slots, g, *self._settings, **units)
 
 
 class Adam(Optimizer):
@@ -684,6 +725,7 @@ class Adam(Optimizer):
     """
 
     _SLOTS = ("m", "v")
+    _AVERAGES: ClassVar[dict[str, str]] = {"m": "beta_1", "v": "beta_2"}
     _DECAY = 0.0
 
     def __init__(
@@ -709,8 +751,10 @@ class Adam(Optimizer):
             weight_decay=self._DECAY if weight_decay is None else weight_decay,
         )
 
-    def _update(self, p: Variable, slots: tuple[Variable, ...], g: Operand) -> None:
-        adam_update(p, *slots, g, self._iterations, *self._settings)
+    def _update(
+        self, p: Variable, slots: tuple[Variable, ...], g: Operand, units: dict[str, float]
+    ) -> None:
+        adam_update(p, *slots, g, self._iterations, *self._settings, **units)
 
 
 class AdamW(Adam):

@@ -51,8 +51,8 @@ class Primitive:
     read: the tape then keeps its shape and dtype, and forgets the values.
     """
 
-    __slots__ = ("_reads", "_saved", "differentiable", "fills", "forward", "joint_vjp", "kernel",
-                 "name", "vjps")  # fmt: skip
+    __slots__ = ("_reads", "differentiable", "fills", "forward", "joint_vjp", "kernel", "name",
+                 "saved", "vjps")  # fmt: skip
 
     def __init__(
         self,
@@ -72,7 +72,8 @@ class Primitive:
         # With None for every input the results are constants. Without any rule they are not: then
         # somebody forgot one, and the reverse pass says so.
         self.differentiable = joint_vjp is not None or not vjps or any(vjps)
-        self._saved: dict[tuple[int, int], tuple[tuple[int, ...], bool]] = {}
+        # What saved_for has answered.
+        self.saved: dict[tuple[int, int], tuple[tuple[int, ...], bool]] = {}
         if joint_vjp is not None:
             self._reads: list[_Reads | None] = [_Reads(joint_vjp, skip=2)]
         else:
@@ -226,19 +227,15 @@ class Primitive:
 
         Bit i of `mask` says that input i's gradient may be asked for.
         """
-        key = (mask, count)
-        answer = self._saved.get(key)
-        if answer is None:
-            if self.joint_vjp is not None:
-                active = [self._reads[0]]
-            else:
-                active = [reads for i, reads in enumerate(self._reads) if mask >> i & 1]
-            used = [reads for reads in active if reads is not None]
-            answer = (
-                tuple(i for i in range(count) if not any(reads.input(i) for reads in used)),
-                any(reads.output for reads in used),
-            )
-            self._saved[key] = answer
+        if self.joint_vjp is not None:
+            active = [self._reads[0]]
+        else:
+            active = [reads for i, reads in enumerate(self._reads) if mask >> i & 1]
+        used = [reads for reads in active if reads is not None]
+        answer = self.saved[mask, count] = (
+            tuple(i for i in range(count) if not any(reads.input(i) for reads in used)),
+            any(reads.output for reads in used),
+        )
         return answer
 
 

@@ -1117,3 +1117,12 @@ def test_wrong_limits_and_scales(name):
     with pytest.raises(AttributeError, match=f"SGD was made without {name}"):
         setattr(optimizers.SGD(), name, 1.0)
     assert float(getattr(optimizers.Adam(**{name: 2.0}), name)) == 2.0
+
+
+def test_averages_in_16_bits_have_room_for_large_gradients():
+    variable = tg.Variable(np.ones(3, np.float16))
+    optimizer = tg.optimizers.Adam(0.25)
+    for _ in range(4):
+        optimizer.apply([tg.constant(np.full(3, 200.0, np.float16))], [variable])
+    np.testing.assert_allclose(variable.numpy(), 0.0, atol=5e-3)
+    np.testing.assert_allclose(optimizer.slot(variable, "v").numpy(), 160.0, rtol=5e-3)

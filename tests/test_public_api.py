@@ -172,7 +172,7 @@ tg.optimizers.Adam().apply_gradients(zip(gradients, model.trainable_variables))
 # From the bottom up: a module imports from lower layers, or within its own without a circle.
 LAYERS: list[list[str]] = [
     ["_backend", "_files", "_recording", "config", "errors", "kernels", "kernels.*"],
-    ["_blocks", "_host_memory", "_storage", "_structure"],
+    ["_blocks", "_host_memory", "_quiet", "_storage", "_structure"],
     ["tensor"],
     ["_index", "primitive"],
     ["_flat_update", "linear", "printing", "variable"],

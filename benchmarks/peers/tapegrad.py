@@ -87,6 +87,13 @@ class Tapegrad(TapePeer):
 
         return self.compiled(step), self.compiled(model)
 
+    def rows(self, data: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
+        """Leave the rows to NumPy: compiled functions take its arrays as they are."""
+        if self.variant != "compiled" or self.clock:
+            return super().rows(data, rows)
+        x, y = data
+        return x[rows], y[rows]
+
     def adam(self, parameters: Any, gradient: Any, rate: float) -> Callable[[], Any]:
         """Return the optimiser's step for one long Variable."""
         variable, g = tg.Variable(parameters), self.array(gradient)

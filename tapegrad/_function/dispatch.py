@@ -15,6 +15,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._function.device import DeviceReplay
+from tapegrad._function.matching import Matcher, matcher
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
@@ -33,7 +34,7 @@ _MOST_RECORDINGS = 5
 class _Entry:
     """What is known of one signature: the last recording, then a program, or why there is none."""
 
-    __slots__ = ("calls", "held", "problem", "program", "recorded", "replay")
+    __slots__ = ("asked", "calls", "held", "match", "problem", "program", "recorded", "replay")
 
     def __init__(self, held: Any) -> None:
         self.held = held  # keeps objects alive that the signature names by id
@@ -41,6 +42,8 @@ class _Entry:
         self.recorded: Program | None = None
         self.program: Program | None = None
         self.replay: Replay | None = None
+        self.match: Matcher | None = None
+        self.asked = False  # whether it was tried to make the match
         self.problem: str | None = None
 
 
@@ -64,9 +67,8 @@ class Function:
         self._bound: dict[int, tuple[weakref.ref[Any], Function]] = {}
         self._numbers = _Surroundings(function)
         self._has_numbers = bool(self._numbers)
-        # The arrays' shapes and types of the last replayed call, and its program: most calls are
-        # like the one before, and comparing costs half of what looking a signature up does.
-        self._last: tuple[Any, Replay] | None = None
+        # What tells calls like the last one that was replayed, and its program.
+        self._last: tuple[Matcher, Replay] | None = None
 
     def __get__(self, instance: Any, owner: Any = None) -> Function | Method:
         """Return the function of an object's own method: each object has programs of its own."""
@@ -103,16 +105,9 @@ class Function:
         if state.recorders:  # a tape listens, or another function's recording: it hears everything
             return self._function(*args, **kwargs)
         last = self._last
-        if last is not None and not kwargs and len(args) == len(last[0]):
-            found: list[Any] = []
-            for x, (shape, dtype, kind) in zip(args, last[0], strict=True):
-                if type(x) is not Tensor:
-                    break
-                array = x._array
-                if array.shape != shape or array.dtype is not dtype or type(array) is not kind:
-                    break
-                found.append(array)
-            else:
+        if last is not None and not kwargs:
+            found = last[0](args)
+            if found is not None:
                 return last[1].run(found, args)
         arrays: list[Any] = []
         tensors: list[Any] = []
@@ -122,9 +117,8 @@ class Function:
             self._has_numbers, self._last = bool(self._numbers), None
             return self(*args, **kwargs)
         if entry is not None and entry.replay is not None:
-            plain = not kwargs and not self._has_numbers and all(type(x) is Tensor for x in args)
-            if plain:
-                self._last = [(a.shape, a.dtype, type(a)) for a in arrays], entry.replay
+            if not kwargs:
+                self._last = self._match(entry, args, len(arrays))
             return entry.replay.run(arrays, tensors)
         return self._record(key, args, kwargs)
 
@@ -145,6 +139,16 @@ class Function:
             key.append(name)
             _signature(kwargs[name], key, arrays, tensors)
         return tuple(key)
+
+    def _match(self, entry: _Entry, args: Any, tensors: int) -> tuple[Matcher, Replay] | None:
+        """Return what tells calls like this one, and their program; None where none does."""
+        assert entry.replay is not None
+        if not entry.asked:
+            entry.asked = True
+            # What the program hands back as it was given is counted among the tensors alone.
+            if len(args) == tensors or entry.replay.hands_back_nothing:
+                entry.match = matcher(args, self._numbers.now if self._has_numbers else None)
+        return None if entry.match is None else (entry.match, entry.replay)
 
     def _replay_of(self, args: Any, kwargs: dict[str, Any]) -> Replay | None:
         entry = self._entries.get(self._key(args, kwargs, [], []))
@@ -387,7 +391,7 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         array = Tensor(x)._array if x.ndim == 0 or type(x) is not np.ndarray else x
         key.append((array.shape, array.dtype, type(array)))
         arrays.append(array)
-        tensors.append(_LazyTensor(array))
+        tensors.append(array)
     elif is_container(x):
         children = _children(x)
         key.append((type(x), len(children), tuple(x) if isinstance(x, Mapping) else None))
@@ -407,18 +411,6 @@ def _children(x: Any) -> list[Any]:
     if dataclasses.is_dataclass(x):
         return [getattr(x, field.name) for field in dataclasses.fields(x)]
     return list(x)
-
-
-class _LazyTensor:
-    """An array argument that a function returns as it is: made a tensor when it comes to that."""
-
-    __slots__ = ("_array",)
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def tensor(self) -> Tensor:
-        return Tensor(self._array)
 
 
 def _without_arrays(structure: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Layout: how the values of small networks are stored, so that few calls of NumPy do the work.
 
 A call of NumPy costs 0.3 to 1 us whatever its size; below some ten thousand elements that is what a
-program costs. Three choices save a third of the calls of a small network's step:
+program costs. Four choices save a third of the calls of a small network's step:
 
 - A matrix of activations (rows, features) is stored feature by feature. A reduction over features
   then runs along contiguous rows, and a row of ones fits below it.
@@ -9,6 +9,8 @@ program costs. Three choices save a third of the calls of a small network's step
   product: `[w; b].T @ [x.T; 1]`, and the bias's gradient a row of the kernel's.
 - Where only one element decides (a mask of relu) the bits are multiplied as integers, and what
   that cannot do right (NaN) is found by one look at the result of the whole program.
+- The exponents of a softmax cross-entropy are relative to the label's logit, not to the largest:
+  the loss is then the logarithm of their sum. What overflows is found by the same look.
 
 They change the order of sums, and so the last bits: `simplify.TABLE` has them as "layout".
 """
@@ -25,7 +27,11 @@ from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.variable import Variable
 
-REWRITE = Rewrite(None, "the order of the terms in sums and products of matrices")
+REWRITE = Rewrite(
+    None,
+    "the order of the terms in sums and products of matrices; a softmax cross-entropy's exponents "
+    "are rounded relative to the label's logit",
+)
 
 SMALL = 1 << 15  # elements: above, products and memory cost more than calls
 

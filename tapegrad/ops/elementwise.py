@@ -25,7 +25,7 @@ def _scale(xp: Module, g: Any, d: Any) -> Array:
     if type(d) is float or type(d) is int:
         if d - d == 0:  # finite: the product is right as it is
             return y
-    elif xp is np and not _holds_nan(y):
+    elif xp is np and not (_holds_nan(y) if y.ndim else y != y):
         return y
     # On a GPU asking costs more (a synchronisation) than choosing.
     return xp.where(g == 0, y.dtype.type(0), y)
@@ -33,14 +33,12 @@ def _scale(xp: Module, g: Any, d: Any) -> Array:
 
 def _scale_both(xp: Module, a: Any, b: Any) -> Array:
     y = a * b
-    if xp is np and not _holds_nan(y):
+    if xp is np and not (_holds_nan(y) if y.ndim else y != y):
         return y
     return xp.where((a == 0) | (b == 0), y.dtype.type(0), y)
 
 
 def _holds_nan(y: Any) -> bool:
-    if y.ndim == 0:
-        return bool(y != y)
     if y.dtype.char in "fd":  # a dot product is the fastest way to ask: half of the product's time
         flat = y.reshape(-1)
         dot = flat.dot(flat)

@@ -163,3 +163,158 @@ def test_networks_switched_on_and_off(widths, batch, dtype):
         runs.append((results, [v.numpy() for v in variables]))
     assert_same(runs[1], runs[0])
     assert_same(runs[2], runs[0], 1e-5 if dtype == "f4" else 1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("batch", [30, 32])  # 1 / 30 is not exact: then it is a call of its own
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("other", [-np.inf, -900.0, -5.0, 5.0, 50.0, 100.0, 900.0, np.inf, np.nan])
+def test_losses_far_from_the_label(other, reduction, batch, dtype):
+    """By classes exponents are relative to the label's logit: what overflows goes another way."""
+    rng = np.random.default_rng(3)
+    x = tg.constant(rng.normal(size=(batch, 4)).astype(dtype))
+    w, b = tg.Variable(rng.normal(size=(4, 3)).astype(dtype)), tg.Variable(np.zeros(3, dtype))
+    labels = tg.constant(rng.integers(0, 2, batch))
+    offset = np.zeros((batch, 3), dtype)
+    offset[7, 2] = other
+    far, weights = tg.constant(offset), tg.constant(rng.normal(size=batch).astype(dtype))
+    optimizer = tg.optimizers.SGD(0.0)
+
+    def step(x, labels):
+        with tg.GradientTape() as tape:
+            y = tg.nn.linear(x, w, b) + far
+            loss = tg.nn.softmax_cross_entropy(y, labels, reduction=reduction)
+            total = tg.sum(loss * weights if reduction == "none" else loss)
+        gradients = tape.gradient(total, [w, b])
+        optimizer.apply(gradients, [w, b])
+        return total, *gradients
+
+    f = tg.function(step)
+    with np.errstate(all="ignore"):
+        want = step(x, labels)
+        for _ in range(3):
+            got = f(x, labels)
+    text = f.explain_program()
+    assert "carefully" in text
+    assert "maximum_reduce" not in text
+    # What is 100 above the label's logit is off by some 100 roundings before the exponential.
+    assert_same(got, want, 2e-5 if dtype == "f4" else 1e-13)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 7])
+def test_a_loss_near_zero_keeps_its_digits(batch):
+    x = tg.constant(np.linspace(1.0, 3.3, batch, dtype="f4")[:, None])
+    labels = tg.constant(np.zeros(batch, np.int64))
+    w, b = tg.Variable(np.array([[9.0, -9.0]], "f4")), tg.Variable(np.zeros(2, "f4"))
+    optimizer = tg.optimizers.SGD(0.0)
+
+    @tg.function
+    def step(x, labels):
+        with tg.GradientTape() as tape:
+            loss = tg.nn.softmax_cross_entropy(tg.nn.linear(x, w, b), labels)
+        optimizer.apply(tape.gradient(loss, [w, b]), [w, b])
+        return loss
+
+    for _ in range(3):
+        loss = step(x, labels)
+    assert "maximum_reduce" not in step.explain_program()
+    exact = np.log1p(np.exp(-18.0 * x.numpy())).mean()
+    np.testing.assert_allclose(float(loss), exact, atol=np.finfo("f4").eps)
+
+
+def test_memory_has_one_name():
+    """NumPy takes twice as long where an output is an input's memory, but another object."""
+    rng = np.random.default_rng(0)
+    w = [tg.Variable(rng.normal(size=(32, 32)).astype("f4")) for _ in range(3)]
+    biases = [tg.Variable(np.zeros(32, "f4")) for _ in range(3)]
+    variables, optimizer = [*w, *biases], tg.optimizers.SGD(0.1)
+
+    @tg.function
+    def step(x):
+        with tg.GradientTape() as tape:
+            for kernel, bias in zip(w, biases, strict=True):
+                x = tg.nn.linear_relu(x, kernel, bias)
+            loss = tg.mean(tg.square(x))
+        optimizer.apply(tape.gradient(loss, variables), variables)
+        return loss
+
+    x = tg.constant(rng.normal(size=(32, 32)).astype("f4"))
+    for _ in range(3):
+        step(x)
+    program = step.programs[0]
+    names = set(re.findall(r"\b[ac]\d+\b", program.text))
+    arrays = [program._call.__globals__[name] for name in names]
+    shown = [
+        (a.__array_interface__["data"][0], a.shape, a.strides, a.dtype.str)
+        for a in arrays
+        if isinstance(a, np.ndarray)
+    ]
+    assert len(shown) > 10
+    assert len(set(shown)) == len(shown)
+
+
+CHANGES = {
+    "SGD": [("learning_rate", (0.5, 1.0, 0.0, 0.25))],
+    "momentum": [("learning_rate", (0.5, 1.0, 0.0)), ("momentum", (1.0, 0.0, 0.5))],
+    "Adagrad": [("learning_rate", (1.0, 0.0, 0.1)), ("epsilon", (0.0, 1e-60, 1.0))],
+    "RMSprop": [("rho", (0.5, 0.0, 0.9)), ("epsilon", (0.0, 1e-60, 1.0, 1e-3))],
+    "Adam": [
+        ("weight_decay", (0.1, 0.0)),
+        ("beta_1", (0.0, 0.5, 0.9)),
+        ("beta_2", (0.0, 0.5, 0.999)),
+        ("epsilon", (0.0, 1e-60, 1.0, 1e-8)),
+        ("learning_rate", (1.0, 0.0, 1e-3)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_updates_written_out_follow_every_hyper_parameter(name):
+    """What a rule leaves out for numbers that are 0 or 1 comes back when they are so no longer."""
+
+    def training():
+        w = tg.Variable(np.array([1.0, -2.0, 0.0, 3.0], "f4"))
+        make = tg.optimizers.SGD if name == "momentum" else getattr(tg.optimizers, name)
+        optimizer = make(momentum=0.9) if name == "momentum" else make()
+
+        def step(x):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(w * w * x)
+            optimizer.apply([tape.gradient(loss, w)], [w])
+
+        return w, optimizer, step
+
+    (w, optimizer, step), (v, other, plain) = training(), training()
+    compiled = tg.function(step)
+    x = tg.constant([1.0, 0.5, 0.0, 2.0])
+    changes = [(key, value) for key, values in CHANGES[name] for value in values]
+    for key, value in [(None, None)] * 4 + changes:
+        if key is not None:
+            setattr(optimizer, key, value)
+            setattr(other, key, value)
+        for _ in range(2):
+            compiled(x)
+            plain(x)
+        assert_same(w, v)
+    assert "multiply(" in compiled.explain_program().partition("else:")[2]
+
+
+def test_an_update_that_is_more_than_ufuncs_is_called():
+    """Without an epsilon what never had a gradient is told apart: 0 / 0 would move it."""
+    x = tg.constant([1.0, 0.0])
+    found = []
+    for compile_it in (False, True):
+        w, optimizer = tg.Variable([1.0, 2.0]), tg.optimizers.Adam(0.1, epsilon=0.0)
+
+        def step(x, w=w, optimizer=optimizer):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(w * x)
+            optimizer.apply([tape.gradient(loss, w)], [w])
+
+        call = tg.function(step) if compile_it else step
+        for _ in range(4):
+            call(x)
+        found.append(w.numpy())
+    assert_same(*found)
+    assert found[0][1] == 2.0
+    assert "else:" not in call.explain_program()

@@ -91,6 +91,12 @@ DIFFERENT = [
     ((X, b"a"), (X, "a")),
     ((X, len), (X, abs)),
     ((X, 1), (X, 1, 1)),
+    ((X, None), (X, True)),
+    ((X, True), (X, False)),
+    ((X, None), (X,)),
+    ((X,), (X, None)),
+    ((np.ones(2), X), (np.ones(3), X)),
+    ((np.ones(2), X), (X, np.ones(2))),
     ((X, np.float32), (X, np.float64)),
 ]
 
@@ -151,6 +157,22 @@ def test_what_differs_in_values_of_tensors_alone_shares_a_program(first, second)
     assert f.is_replayed(*first)
     assert f.is_replayed(*second)
     assert len(f.compiled.programs) == 1
+
+
+def test_a_closure_that_changes_after_many_calls():
+    factor = 2.0
+    f = tg.function(lambda x: x * factor)
+    for factor in (2.0, 2.0, 2.0, 2.0, 3.0, 2.0, 3.0, 3.0, 3.0, 3.0, -0.0, 0.0):
+        assert_same(f(X), X * factor)
+    assert len(f.programs) == 2
+
+
+def test_an_argument_beside_none_is_handed_back():
+    f = tg.function(lambda mask, x, y: (y, x if mask is None else mask))
+    for _ in range(5):
+        first, second = f(None, X, Y)
+        assert first is Y
+        assert second is X
 
 
 def test_keywords():
