@@ -24,14 +24,18 @@ COMPOSED = {"relu"}
 
 
 @pytest.fixture
-def on_device(monkeypatch, tmp_path):
+def on_device(tmp_path):
     """Let new tensors lie on the stand-in for CuPy, whose kernels run on the CPU."""
     fake = FakeCupy()
     fake.ElementwiseKernel = _elementwise_kernel
-    with kernels_on_cpu(), cublaslt_on_cpu(fake, tmp_path):
-        monkeypatch.setattr(_build, "raw_module", _launched(_build.raw_module))
+    with (
+        kernels_on_cpu(),
+        cublaslt_on_cpu(fake, tmp_path),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(_build, "raw_module", _launched(_build.raw_module))
         for kernel in _build.ELEMENTWISE:
-            monkeypatch.setattr(kernel, "_kernel", None)
+            patch.setattr(kernel, "_kernel", None)
         with tg.backend("cupy"):
             yield
 
