@@ -20,6 +20,7 @@ from tapegrad.kernels import gemm_plan
 from tapegrad.linear import broadcast_to, sum_to
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops.linear_algebra import matmul_nt, matmul_tn
+from tapegrad.ops.linear_algebra import product as matrix_product
 from tapegrad.primitive import MultiPrimitive, multi_primitive
 from tapegrad.tensor import Tensor
 
@@ -91,7 +92,7 @@ linear_relu_with_mask: MultiPrimitive = multi_primitive(
 
 
 def _grad_of_product(xp: Module, g: Array, w: Array, y: Array, mask: Array) -> tuple[Array, Array]:
-    found: tuple[Array, Array] = linear_relu_grad.forward(xp, xp.matmul(g, w), y)
+    found: tuple[Array, Array] = linear_relu_grad.forward(xp, matrix_product(xp, g, w), y)
     return found
 
 
@@ -174,7 +175,7 @@ def _with_sums_vjp(
 # A kernel's gradient and its bias's: the activations, transposed, and the gradient of their layer.
 matmul_with_sums: MultiPrimitive = multi_primitive(
     "matmul_with_sums",
-    lambda xp, x, w: (xp.matmul(x, w), sum_to.forward(xp, w, shape=w.shape[1:])),
+    lambda xp, x, w: (matrix_product(xp, x, w), sum_to.forward(xp, w, shape=w.shape[1:])),
     joint_vjp=_with_sums_vjp,
     kernel=kernels.matmul_with_sums,
     fills=True,
