@@ -67,10 +67,11 @@ class Formula:
         self.inputs = inputs
         self.write = write
         self._written: dict[tuple[Any, ...], tuple[tuple[Step, ...], tuple[int, ...]]] = {}
+        self._chains: dict[tuple[Any, ...], chains.Chain | None] = {}
 
     def steps(self, params: dict[str, Any]) -> tuple[tuple[Step, ...], tuple[int, ...]]:
         """Return the operations one by one, and which values are the results."""
-        key = tuple([(k, type(v), v) for k, v in params.items()])
+        key = _key(params)
         written = self._written.get(key)
         if written is None:
             steps: list[Step] = []
@@ -101,7 +102,12 @@ class Formula:
         type_name = cpp_type(*arrays)
         if type_name is None or any(array.shape != shape for array in arrays):
             return None
-        chain = self._chain(type_name, params)
+        key = type_name, *_key(params)
+        chain = self._chains.get(key)
+        if chain is None:
+            if len(self._chains) >= _MOST_PARAMS:
+                self._chains.clear()
+            chain = self._chains[key] = self._chain(type_name, params)
         found = None if chain is None else chains.run(chain, shape, xp, *arrays)
         return found if found is None or len(found) > 1 else found[0]
 
@@ -146,6 +152,10 @@ class Formula:
                     before = upstream.get(x.number)
                     upstream[x.number] = part if before is None else add(before, part)
         return upstream.get(wrt)
+
+
+def _key(params: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple([(k, type(v), v) for k, v in params.items()])
 
 
 def _given(step: Step, values: Sequence[Any]) -> list[Any]:
