@@ -16,7 +16,7 @@ import numpy as np
 
 from tapegrad.config import config
 
-from . import chains, cublaslt, gemm, gemm_choice, gemm_plan
+from . import chains, cublaslt, gemm, gemm_choice, gemm_plan, small_gemm
 from ._build import Array, Module, cpp_type, result
 from .cublaslt import Epilogue
 from .gemm import _ALGORITHMS, _Device, _device_of, _key_text, _kind, _Prepared, _Way
@@ -26,6 +26,8 @@ from .linear_relu import linear_relu, linear_relu_grad
 # The types that cuBLASLt has these epilogues for, and how far their numbers lie apart at 1.
 _EPSILONS = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 _FUSED, _PLAIN = "fused", "plain"
+
+_AnyWay = _Way | small_gemm.Variant
 
 Pair = tuple[Array, Array]
 Out = Sequence[Array | None]  # memory for the results, used where it is aligned and C-contiguous
@@ -41,6 +43,8 @@ class _Fusion(NamedTuple):
               declines.
     is_right  tells whether an algorithm's values are those of the meaning where libraries differ:
               `is_right(xp, way, *arrays)`.
+    small     returns what `small_gemm.product` is given for the same: `small(second, *arrays)`;
+              None where it cannot do it.
     """
 
     name: str
@@ -49,13 +53,17 @@ class _Fusion(NamedTuple):
     beside: Callable[..., tuple[Array, ...]]
     plain: Callable[..., Pair | None]
     is_right: Callable[..., bool]
+    small: Callable[..., dict[str, Array]] | None = None
 
-    def launch(self, xp: Module, way: _Way, *arrays: Array, out: Out = _NEW) -> Pair:
+    def launch(self, xp: Module, way: _AnyWay, *arrays: Array, out: Out = _NEW) -> Pair:
         """Run it by one algorithm."""
         x, w = arrays[:2]
         shape = x.shape[0], w.shape[1]
         y = result(xp, shape, x.dtype, out[0])
         second = result(xp, *self.second(*shape, x.dtype), out[1])
+        if isinstance(way, small_gemm.Variant):
+            assert self.small is not None
+            return small_gemm.product(xp, way, x, w, y, **self.small(second, *arrays)), second
         return way(xp, x, w, self.pointers(second, *arrays), y, None), second
 
     def pointers(self, second: Array, *arrays: Array) -> list[int]:
@@ -80,11 +88,13 @@ class _Contest:
         self._prepared = _Prepared(device.library, device.handle, problem, kind, fusion.epilogue)
         shape, dtype = fusion.second(x.shape[0], w.shape[1], x.dtype)
         self._pointers = fusion.pointers(xp.empty(shape, dtype), *arrays)
+        variants = small_gemm.variants(x, w, device.multiprocessors) if fusion.small else []
+        self._small = {variant.name: variant for variant in variants}
         self.text = _key_text(fusion.name, problem, kind_name, self._pointers)
 
     def usable(self, times: dict[str, Timed]) -> bool:
         """Tell whether times are of these ways, and the algorithm such as can run here."""
-        return times.keys() <= {_FUSED, _PLAIN} and (
+        return times.keys() <= {_FUSED, _PLAIN, *self._small} and (
             _FUSED not in times or self._device.can_run(self._prepared, times[_FUSED])
         )
 
@@ -97,15 +107,18 @@ class _Contest:
             way = self._way(*algorithm)
             if self._is_right(way):
                 yield Candidate(_FUSED, functools.partial(launch, way, *self._arrays), *algorithm)
+        for name, variant in self._small.items():
+            yield Candidate(name, functools.partial(launch, variant, *self._arrays))
 
     def verdict(self) -> _Verdict | None:
-        """Return how long both ways take, by the fastest algorithm of the one."""
-        times = self._device.times_of(self, self._xp)
-        if times is None or not times.keys() >= {_FUSED, _PLAIN}:
+        """Return how long both ways take, by the fastest algorithm or kernel of the one."""
+        times = self._device.times_of(self, self._xp) or {}
+        fused = [(timed.seconds, name) for name, timed in times.items() if name != _PLAIN]
+        if _PLAIN not in times or not fused:
             return None
-        fused = times[_FUSED]
-        way = self._way(fused.algorithm, fused.workspace)
-        return _Verdict(fused.seconds, times[_PLAIN].seconds, way)
+        seconds, name = min(fused)
+        way = self._small.get(name) or self._way(*times[name][1:])
+        return _Verdict(seconds, times[_PLAIN].seconds, way)
 
     def _way(self, algorithm: bytes, workspace: int) -> _Way:
         return _Way(self._prepared, algorithm, workspace, None)
@@ -122,7 +135,7 @@ class _Verdict(NamedTuple):
 
     fused: float
     plain: float
-    way: _Way
+    way: _AnyWay
 
 
 def _are_matrices(*arrays: Array) -> bool:
@@ -221,13 +234,13 @@ def matmul_linear_relu_grad(
     return _relu_grad_of_product(xp, g, w, y, out=out)
 
 
-def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _Way | None:
+def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _AnyWay | None:
     """Return the way that leaves a mask, or None unless that makes up for its cost."""
     device = _device_for(xp, x, w, b)
     if device is None or b.shape != w.shape[1:]:
         return None
 
-    def decide() -> _Way | None:
+    def decide() -> _AnyWay | None:
         down = _verdict(device, _WITH_MASK, xp, x, w, b)
         if down is None:
             return None
@@ -243,7 +256,7 @@ def _way_with_mask(xp: Module, x: Array, w: Array, b: Array, above: int) -> _Way
         pays = up is not None and down.fused + up.fused < down.plain + up.plain
         return down.way if pays else None
 
-    found: _Way | None = device.decision(xp, (above, *_key("mask", x, w, b)), decide)
+    found: _AnyWay | None = device.decision(xp, (above, *_key("mask", x, w, b)), decide)
     return found
 
 
@@ -352,4 +365,5 @@ _WITH_SUMS = _Fusion(
     lambda sums, _x, _w: (sums,),
     _product_and_sums,
     _sums_in_float32,
+    lambda sums, _x, _w: {"sums": sums},
 )

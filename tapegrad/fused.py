@@ -16,6 +16,7 @@ import numpy as np
 from tapegrad._backend import Array, Module
 from tapegrad._recording import state
 from tapegrad.config import config
+from tapegrad.formulas import one_launch
 from tapegrad.kernels import elementwise as elementwise_kernels
 from tapegrad.kernels import gemm as gemm_kernels
 from tapegrad.kernels import linear_relu as linear_kernels
@@ -67,6 +68,7 @@ relu: Primitive = primitive(
     "relu",
     lambda xp, x: _at_least_zero(xp, x),
     lambda g, y, _x: relu_grad(g, y),
+    kernel=one_launch("relu"),
 )
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from tapegrad import fused
-from tapegrad._backend import Array, Module
+from tapegrad import activations, fused
 from tapegrad._recording import is_recording
+from tapegrad.formulas import formulas
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, linear_algebra, reductions
 from tapegrad.ops.arguments import as_tensor, normalize_axis
-from tapegrad.primitive import Primitive, primitive
+from tapegrad.primitive import Primitive
 from tapegrad.random import Generator, default_generator
 from tapegrad.tensor import ArrayLike, Tensor
 
@@ -36,8 +34,7 @@ def relu6(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.relu6([-1.0, 2.0, 9.0]))
     tg.Tensor([0. 2. 6.], shape=(3,), dtype=float32)
     """
-    y = fused.relu(x)
-    return ew.where(ew.greater_equal(y, 6), 6, y)
+    return activations.relu6(x)
 
 
 def leaky_relu(x: ArrayLike, /, alpha: float = 0.2) -> Tensor:
@@ -46,8 +43,7 @@ def leaky_relu(x: ArrayLike, /, alpha: float = 0.2) -> Tensor:
     >>> print(tg.nn.leaky_relu([-1.0, 2.0]))
     tg.Tensor([-0.2  2. ], shape=(2,), dtype=float32)
     """
-    x = as_tensor(x)
-    return ew.where(ew.greater(x, 0), x, ew.multiply(x, alpha))
+    return _with_alpha(activations.leaky_relu, x, alpha)
 
 
 def elu(x: ArrayLike, /, alpha: float = 1.0) -> Tensor:
@@ -56,15 +52,14 @@ def elu(x: ArrayLike, /, alpha: float = 1.0) -> Tensor:
     >>> print(tg.nn.elu([0.0, 2.0]))
     tg.Tensor([0. 2.], shape=(2,), dtype=float32)
     """
-    x = as_tensor(x)
-    # exp is given negative numbers only: it would overflow for the large ones that are not taken
-    below = ew.expm1(ew.minimum(x, 0))
-    return ew.where(ew.greater_equal(x, 0), x, ew.multiply(below, alpha))
+    return _with_alpha(activations.elu, x, alpha)
 
 
-# G. Klambauer et al., "Self-normalizing neural networks" (2017), equation 14.
-_SELU_ALPHA = 1.6732632423543772
-_SELU_SCALE = 1.0507009873554805
+def _with_alpha(function: Primitive, x: Any, alpha: Any) -> Tensor:
+    if isinstance(alpha, (float, int)):
+        return function(x, alpha=float(alpha))
+    y: Tensor = formulas[function.name].of_tensors(as_tensor(x), alpha=alpha)
+    return y
 
 
 def selu(x: ArrayLike, /) -> Tensor:
@@ -75,7 +70,7 @@ def selu(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.selu([0.0, 1.0]))
     tg.Tensor([0.       1.050701], shape=(2,), dtype=float32)
     """
-    return ew.multiply(elu(x, _SELU_ALPHA), _SELU_SCALE)
+    return activations.selu(x)
 
 
 def gelu(x: ArrayLike, /, approximate: bool = False) -> Tensor:
@@ -86,30 +81,7 @@ def gelu(x: ArrayLike, /, approximate: bool = False) -> Tensor:
     >>> print(tg.nn.gelu([0.0, 10.0]))
     tg.Tensor([ 0. 10.], shape=(2,), dtype=float32)
     """
-    x = as_tensor(x)
-    if approximate:
-        cubic = ew.add(x, ew.multiply(ew.power(x, 3), 0.044715))
-        share = ew.tanh(ew.multiply(cubic, math.sqrt(2 / math.pi)))
-    else:
-        share = ew.erf(ew.divide(x, math.sqrt(2)))
-    return ew.multiply(ew.multiply(x, 0.5), ew.add(share, 1))
-
-
-def _sigmoid_forward(xp: Module, x: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp(1000) is inf, and 1 / inf the right answer
-        return 1 / (1 + xp.exp(-x))
-
-
-_sigmoid: Primitive = primitive(
-    "sigmoid",
-    _sigmoid_forward,
-    lambda g, y, _x: ew.scale(g, ew.multiply(y, ew.subtract(1, y))),
-)
-_softplus: Primitive = primitive(
-    "softplus",
-    lambda xp, x: xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x))),
-    lambda g, _y, x: ew.scale(g, _sigmoid(x)),
-)
+    return (activations.gelu_tanh if approximate else activations.gelu)(x)[0]
 
 
 def sigmoid(x: ArrayLike, /) -> Tensor:
@@ -118,7 +90,7 @@ def sigmoid(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.sigmoid([-1000.0, 0.0]))
     tg.Tensor([0.  0.5], shape=(2,), dtype=float32)
     """
-    return _sigmoid(x)
+    return activations.sigmoid(x)
 
 
 def log_sigmoid(x: ArrayLike, /) -> Tensor:
@@ -127,7 +99,7 @@ def log_sigmoid(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.log_sigmoid([-1000.0]))
     tg.Tensor([-1000.], shape=(1,), dtype=float32)
     """
-    return ew.negative(_softplus(ew.negative(x)))
+    return activations.log_sigmoid(x)
 
 
 def silu(x: ArrayLike, /) -> Tensor:
@@ -136,8 +108,7 @@ def silu(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.silu([0.0]))
     tg.Tensor([0.], shape=(1,), dtype=float32)
     """
-    x = as_tensor(x)
-    return ew.multiply(x, _sigmoid(x))
+    return activations.silu(x)[0]
 
 
 def tanh(x: ArrayLike, /) -> Tensor:
@@ -155,7 +126,7 @@ def softplus(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.softplus([1000.0]))
     tg.Tensor([1000.], shape=(1,), dtype=float32)
     """
-    return _softplus(x)
+    return activations.softplus(x)
 
 
 def softsign(x: ArrayLike, /) -> Tensor:
@@ -164,8 +135,7 @@ def softsign(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.softsign([1.0]))
     tg.Tensor([0.5], shape=(1,), dtype=float32)
     """
-    x = as_tensor(x)
-    return ew.divide(x, ew.add(ew.abs(x), 1))
+    return activations.softsign(x)
 
 
 def softmax(x: ArrayLike, /, axis: int = -1) -> Tensor:
@@ -401,5 +371,5 @@ def sigmoid_cross_entropy(
             f"[sigmoid_cross_entropy] logits and targets must have one shape, "
             f"got {x.shape} and {t.shape}"
         )
-    losses = ew.subtract(_softplus(x), ew.multiply(x, ew.astype(t, x.dtype)))
+    losses = ew.subtract(activations.softplus(x), ew.multiply(x, ew.astype(t, x.dtype)))
     return _reduced("sigmoid_cross_entropy", losses, None, reduction)

@@ -150,11 +150,14 @@ class Lookups:
         self, number: int, length: int, text: str, xp: Module, index: Array
     ) -> tuple[Array, Array]:
         least, most = -length, length - 1
-        if self.at_once and (int(index.min()) < least or int(index.max()) > most):
+        at_once = self.at_once or xp is np
+        if at_once and (int(index.min()) < least or int(index.max()) > most):
             raise IndexError(text)
         kind = np.iinfo(index.dtype)  # numbers beyond it are no numbers of this type
         safe = xp.clip(index, max(least, int(kind.min)), min(most, int(kind.max)))
         wrong = safe != index
+        if at_once:  # there is none
+            return safe, wrong
         count = self.told[0][number : number + 1]
         xp.add(count, wrong.any(), out=count)
         return safe, wrong

@@ -9,6 +9,8 @@ import numpy as np
 
 from tapegrad._backend import Module
 from tapegrad._function.program import Step, Value
+from tapegrad.formulas import Formula, Ref, formulas
+from tapegrad.kernels.chains import OPERATIONS
 from tapegrad.primitive import primitives
 from tapegrad.tensor import wrap
 
@@ -23,10 +25,12 @@ def written_out(xp: Module, steps: Sequence[Step]) -> list[Step]:
         write_out = _SHORTHANDS.get(step.name)
         if write_out is None and xp is np:
             write_out = _ON_HOST.get(step.name)
-        if write_out is None:
-            found.append(step)
-        else:
+        if write_out is not None:
             write_out(_Writer(xp, step, found))
+        elif step.name in formulas and _is_elementwise(step):
+            _formula(_Writer(xp, step, found), formulas[step.name])
+        else:
+            found.append(step)
     return found
 
 
@@ -101,6 +105,26 @@ def _dropout(w: _Writer) -> None:
     w.add("cast", (mask,), floating, dtype=x.dtype)
     w.add("divide", (floating, kept), factors)
     w.add("multiply", (x, factors), y)
+
+
+def _is_elementwise(step: Step) -> bool:
+    """Tell whether all that a step reads is of the shape and the type of what it gives."""
+    y = step.outputs[0]
+    same = [type(x) is Value and (x.shape, x.dtype) == (y.shape, y.dtype) for x in step.inputs]
+    return all(same)
+
+
+def _formula(w: _Writer, formula: Formula) -> None:
+    steps, results = formula.steps(w.step.params)
+    values = [*w.step.inputs]
+    outputs = dict(zip(results, w.step.outputs, strict=True))
+    (like, *_) = w.step.outputs
+    for k, (name, operands) in enumerate(steps, len(values)):
+        is_boolean = OPERATIONS[name][0][-1] == "b"
+        dtype = np.dtype(np.bool_) if is_boolean else like.dtype
+        y = outputs.get(k) or Value("result", like.shape, dtype)
+        w.add(name, [values[x.number] if isinstance(x, Ref) else x for x in operands], y)
+        values.append(y)
 
 
 _SHORTHANDS: dict[str, Callable[[_Writer], None]] = {

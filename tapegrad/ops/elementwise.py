@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
+from tapegrad.formulas import gradient_formula, one_launch
 from tapegrad.kernels import elementwise as kernels
 from tapegrad.linear import add as _add
 from tapegrad.linear import cast as _cast
@@ -525,9 +526,8 @@ _atan2: Primitive = primitive(
 )
 _sinh: Primitive = primitive("sinh", lambda xp, x: xp.sinh(x), lambda g, _y, x: scale(g, _cosh(x)))
 _cosh: Primitive = primitive("cosh", lambda xp, x: xp.cosh(x), lambda g, _y, x: scale(g, _sinh(x)))
-_tanh: Primitive = primitive(
-    "tanh", lambda xp, x: xp.tanh(x), lambda g, y, _x: scale(g, _subtract(1, _square(y)))
-)
+_tanh_grad = gradient_formula("tanh_grad", lambda o, g, y: o.scale(g, o.subtract(1, o.square(y))))
+_tanh: Primitive = primitive("tanh", lambda xp, x: xp.tanh(x), lambda g, y, _x: _tanh_grad(g, y))
 _asinh: Primitive = primitive(
     "asinh",
     lambda xp, x: xp.arcsinh(x),
@@ -893,6 +893,7 @@ _erf: Primitive = primitive(
     "erf",
     _erf_forward,
     lambda g, _y, x: scale(g, _multiply(_exp(_negative(_square(x))), 2 / math.sqrt(math.pi))),
+    kernel=one_launch("erf"),
 )
 
 

@@ -265,6 +265,21 @@ def test_callers_on_streams_of_their_own() -> None:
     assert told == [7]
 
 
+@pytest.mark.filterwarnings("ignore:.*computes with NumPy's arrays too")
+def test_arrays_of_numpy_in_a_program_on_a_device() -> None:
+    def look_up(x: Any, i: Any) -> Any:
+        x, i = (tg.to_backend(value, "numpy") for value in (x, i))
+        return tg.to_backend(x[i + 0], "cupy") * 2.0
+
+    f = tg.function(look_up)
+    for i in ([0, 1], [2, 3], [-1, -4], [1, 1], [3, 0]):
+        np.testing.assert_array_equal(f(tg.constant(X), tg.constant(i)).numpy(), X[i] * 2)
+    with pytest.raises(
+        IndexError, match=r"^\[getitem\] index out of bounds for axis 0 with size 4"
+    ):
+        f(tg.constant(X), tg.constant([0, 4]))
+
+
 def test_constant_masks_are_captured() -> None:
     masks = [X[:, 0, 0] > 0, X[:, :, 0] > 0, X > 0]
     for mask in masks:

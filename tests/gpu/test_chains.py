@@ -50,6 +50,25 @@ def test_activations(name: str, shape: tuple[int, int], launched: list[chains.Ch
     meanings.check(got, meanings.in_float64(step, *arrays), units=256)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])
+@pytest.mark.parametrize("name", meanings.NAMES)
+def test_activations_outside_programs(name: str, dtype: str, launched: list[chains.Chain]) -> None:
+    """One kernel forward and one back; relu and tanh have one of another kind each."""
+
+    def both(x: Any, g: Any) -> Any:
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            y = meanings.ELEMENTWISE[name](x)
+        return y, tape.gradient(y, x, output_gradients=g)
+
+    for shape in [(3, 7), (257, 64)]:
+        arrays = [meanings.normal(*shape, dtype=dtype, seed=i) for i in range(2)]
+        before = len(launched)
+        got = [y.numpy() for y in both(*map(tg.constant, arrays))]
+        assert len(launched) - before == (1 if name in ("relu", "tanh") else 2)
+        meanings.check(got, meanings.in_float64(both, *arrays), units=256)
+
+
 @pytest.mark.parametrize("dtype", ["f8", "f2"])
 def test_other_types(dtype: str, launched: list[chains.Chain]) -> None:
     f = lambda x, b: (tg.tanh(x + b) * 0.5 + tg.exp(-tg.square(x)),)

@@ -210,7 +210,9 @@ def test_a_training_step(
     if STAND_IN:
         library, _ = cublaslt.load()
         assert library is not None
-        launches = [x for x in library._functions.launches if x.epilogue > 0]  # of cuBLASLt
+        launches = library._functions.launches
         used = {launch.epilogue for launch in launches if not launch.scratch}
         assert ({134, 152} <= used) is keeps_nan
-        assert 256 in used
+        # Our own kernel's sums are tried last, and what is tried last is the fastest here.
+        assert min(used) < -1000
+        assert 256 in {launch.epilogue for launch in launches if launch.scratch}

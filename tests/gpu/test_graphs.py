@@ -198,6 +198,19 @@ def test_threads() -> None:
     assert v.tolist() == [100.0] * 3
 
 
+def test_in_debug_mode_a_compiled_step_checks_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written: its operations are launched one by one."""
+    net = Net(products=True)
+    run(net, True, 6)
+    monkeypatch.setattr(type(tg.config), "debug", True)
+    before = [x.tobytes() for x in net.state()[:4]]
+    wrong = tg.constant(np.full(16, 4))
+    with pytest.raises(ValueError, match="labels must be from 0 to 3, got 4"):
+        net.compiled(tg.constant(X[:16]), wrong)
+    assert [x.tobytes() for x in net.state()[:4]] == before
+    assert "tg.config.debug is True" in net.compiled.explain_program()
+
+
 @pytest.mark.parametrize("dtype", ["i8", "i4"])
 def test_lookups(dtype: str) -> None:
     """Out of range they are NaN; whatever waits for the device next tells of it."""

@@ -356,7 +356,8 @@ def cublaslt_on_cpu(
 
     folder   where times are kept.
     seconds  the time that a launch of (epilogue, algorithm) takes; (0, 0) is CuPy's own product,
-             (-side, parts) our own kernel for small matrices.
+             (-side, parts) our own kernel for small matrices, (-1000 - side, parts) where it sums
+             columns too.
     small    whether there are such kernels; they need `kernels_on_cpu`.
     """
     fake = fake or FakeCublasLt()
@@ -373,8 +374,9 @@ def cublaslt_on_cpu(
 
     def noted(xp: Any, variant: small_gemm.Variant, *arrays: Any, **after: Any) -> Any:
         y = small_product(xp, variant, *arrays, **after)
-        key = {"epilogue": -variant.side, "algorithm": variant.parts}
-        fake.launches.append(types.SimpleNamespace(**key))
+        side = variant.side if after.get("sums") is None else variant.side + 1000
+        key = {"epilogue": -side, "algorithm": variant.parts}
+        fake.launches.append(types.SimpleNamespace(**key, scratch=bool(device.allocators)))
         return y
 
     with pytest.MonkeyPatch.context() as patch:

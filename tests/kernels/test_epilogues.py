@@ -445,6 +445,47 @@ def test_the_fastest_way_to_the_sums(xp, tmp_path):
             assert launched == ([] if want is None else [want])
 
 
+@pytest.mark.parametrize("best", [(-1016, 1), (-1032, 5), (-1064, 1)])
+def test_sums_by_our_own_kernel_for_small_matrices(xp, tmp_path, best):
+    """In one launch, also where cuBLASLt has no such epilogue; out of the file, too."""
+    x, g = integers(300, 5), integers(300, 8, seed=1)
+    want = x.T @ g, g.sum(0)
+    for algorithms in ({}, {SUMS: 0}, {}):
+        made = FakeCublasLt()
+        made.algorithms = algorithms
+        with (
+            cublaslt_on_cpu(
+                xp, tmp_path, made, seconds=lambda *key: 1 if key == best else 2, small=True
+            ),
+            kernels_on_cpu(),
+        ):
+            with_sums(xp, x, g)
+            made.launches.clear()
+            assert_right(with_sums(xp, x, g), want)
+            assert [(c.epilogue, c.algorithm) for c in made.launches] == [best]
+            for tried in made.timer.results:
+                if isinstance(tried, tuple):
+                    assert_right([a.get() for a in tried], want)
+
+
+def test_our_own_kernel_sums_where_that_is_fastest(xp, tmp_path):
+    x, g = integers(300, 5), integers(300, 8, seed=1)
+    for number, (own, want) in enumerate([(2, -1032), (3, SUMS), (9, SUMS)]):
+        times = {SUMS: 2.5, -1032: own, PLAIN: 4}
+        made = FakeCublasLt()
+        with (
+            cublaslt_on_cpu(
+                *(xp, tmp_path / str(number), made),
+                seconds=lambda e, _, times=times: times.get(e, 9),
+                small=True,
+            ),
+            kernels_on_cpu(),
+        ):
+            with_sums(xp, x, g)
+            assert_right(with_sums(xp, x, g), (x.T @ g, g.sum(0)))
+            assert made.launches[-1].epilogue == want
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
