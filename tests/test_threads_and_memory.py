@@ -251,9 +251,10 @@ KEEPS = {
     "sigmoid": (tg.nn.sigmoid, (False, True)),
     "softmax": (tg.nn.softmax, (False, True)),
     "log_softmax": (tg.nn.log_softmax, (False, True)),
-    "sum": (tg.sum, (False, False)),
+    # One number is no more than what is kept of it otherwise.
+    "sum": (tg.sum, (False, True)),
     "sum of an axis": (lambda x: tg.sum(x, axis=0), (False, False)),
-    "mean": (tg.mean, (False, False)),
+    "mean": (tg.mean, (False, True)),
     "max": (lambda x: tg.max(x, axis=0), (True, True)),
     "reshape": (lambda x: tg.reshape(x, (3, 2)), (False, False)),
     "transpose": (tg.transpose, (False, False)),
