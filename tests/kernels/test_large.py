@@ -73,10 +73,10 @@ def test_linear_relu_grad():
 def check_scatter_add():
     values, out = sparse(ROWS, COLUMNS), sparse(ROWS, COLUMNS)
     values[CORNER] = corner_values()
-    index = np.arange(ROWS)
+    index, link = np.arange(ROWS), np.full(ROWS, ROWS)
     run_end(
         *(scatter_add, "tapegrad_scatter_add<float>", GRID, BLOCK),
-        *(values, index, index, out, np.int64(ROWS), np.int32(COLUMNS)),
+        *(values, index, link, out, np.int64(ROWS), np.int32(COLUMNS)),
     )
     np.testing.assert_array_equal(out[CORNER], corner_values())
 
@@ -160,12 +160,8 @@ def check_short_cross_entropy():
         ("xr = x + r * columns;", "xr = x + unsigned(r * columns);", check_long_cross_entropy),
         ("load<N>(x + r * columns", "load<N>(x + unsigned(r * columns)", check_short_cross_entropy),
         ("load(const T *base, index_t pack)", "load(const T *base, unsigned pack)", check_sgd),
-        ("out[row * columns + c]", "out[unsigned(row * columns + c)]", check_scatter_add),
-        (
-            "values[order[k] * columns + c]",
-            "values[int(order[k] * columns + c)]",
-            check_scatter_add,
-        ),
+        ("out[index[i] * columns + c]", "out[unsigned(index[i] * columns + c)]", check_scatter_add),
+        ("values[k * columns + c]", "values[int(k * columns + c)]", check_scatter_add),
     ],
 )
 def test_offsets_of_32_bits_are_found(was, now, check):
