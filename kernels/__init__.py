@@ -14,11 +14,13 @@ if __name__ == "kernels":
 from . import (
     chains,
     elementwise,
+    epilogues,
     gemm,
     linear_relu,
     optimizers,
     random,
     scatter_add,
+    small_gemm,
     softmax_cross_entropy,
 )
 from ._build import kernel_names
@@ -26,11 +28,13 @@ from ._build import kernel_names
 __all__ = [
     "chains",
     "elementwise",
+    "epilogues",
     "gemm",
     "kernel_names",
     "linear_relu",
     "optimizers",
     "random",
     "scatter_add",
+    "small_gemm",
     "softmax_cross_entropy",
 ]

@@ -19,6 +19,7 @@ THREADS = 256  # of a block, as the kernels' __launch_bounds__ say
 WARP = 32
 # Blocks of a grid-stride launch: enough for 8 on each of 132 multiprocessors, twice over.
 MAX_BLOCKS = 2048
+_H200_MULTIPROCESSORS = 132  # for launches on the CPU
 MAX_COLUMNS = 2**30  # column numbers are 32 bits in the kernels
 _MAX_GRID_Y = 65535  # the hardware's
 _ROWS_OF_ONE_BLOCK = 256
@@ -170,6 +171,20 @@ def pack_width(xp: Module, type_name: str, length: int, *arrays: Array) -> int:
 def grid(items: int, threads: int = THREADS) -> tuple[int]:
     """Return the grid of a grid-stride launch over `items` threads."""
     return (min(-(-items // threads), MAX_BLOCKS),)
+
+
+_multiprocessors: dict[int, int] = {}  # of each device
+
+
+def multiprocessors(xp: Module) -> int:
+    """Return how many blocks run side by side on the current device at least."""
+    if xp is np:
+        return _H200_MULTIPROCESSORS
+    number = xp.cuda.runtime.getDevice()
+    if number not in _multiprocessors:
+        properties = xp.cuda.runtime.getDeviceProperties(number)
+        _multiprocessors[number] = properties["multiProcessorCount"]
+    return _multiprocessors[number]
 
 
 def column_tiles(columns: int) -> tuple[int, tuple[int, int]]:

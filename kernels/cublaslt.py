@@ -35,11 +35,19 @@ class Compute(enum.IntEnum):
 
 
 class Epilogue(enum.IntEnum):
-    """cublasLtEpilogue_t: what is done to the product before it is stored."""
+    """cublasLtEpilogue_t: what is done to the product before it is stored.
+
+    RELU_AUX_BIAS  writes a mask too, whose bits say where the ReLU let a value pass.
+    DRELU_BGRAD    lets pass where such a mask says so, and sums each row of D.
+    BGRADA         sums each row of op(A).
+    """
 
     DEFAULT = 1
     BIAS = 4
     RELU_BIAS = 6
+    RELU_AUX_BIAS = 134
+    DRELU_BGRAD = 152
+    BGRADA = 256
 
 
 class DescriptorAttribute(enum.IntEnum):
@@ -50,6 +58,19 @@ class DescriptorAttribute(enum.IntEnum):
     TRANSPOSE_B = 4
     EPILOGUE = 7
     BIAS_POINTER = 8
+    AUX_POINTER = 11
+    AUX_LEADING = 12
+
+
+# What an epilogue reads or writes beside the matrices, by address: a bias or its gradient, a mask.
+BESIDE: dict[Epilogue, tuple[DescriptorAttribute, ...]] = {
+    Epilogue.DEFAULT: (),
+    Epilogue.BIAS: (DescriptorAttribute.BIAS_POINTER,),
+    Epilogue.RELU_BIAS: (DescriptorAttribute.BIAS_POINTER,),
+    Epilogue.RELU_AUX_BIAS: (DescriptorAttribute.BIAS_POINTER, DescriptorAttribute.AUX_POINTER),
+    Epilogue.DRELU_BGRAD: (DescriptorAttribute.BIAS_POINTER, DescriptorAttribute.AUX_POINTER),
+    Epilogue.BGRADA: (DescriptorAttribute.BIAS_POINTER,),
+}
 
 
 class LayoutAttribute(enum.IntEnum):
@@ -214,10 +235,10 @@ class Library:
         name = f"cublasLt{kind}SetAttribute"
         self._call(name, made.pointer, attribute, ctypes.byref(value), size)
 
-    def set_bias(self, descriptor: Owned, pointer: int) -> None:
-        """Say where the bias lies; the next call of `matmul` reads it."""
+    def set_pointer(self, descriptor: Owned, attribute: DescriptorAttribute, pointer: int) -> None:
+        """Say where a bias or a mask lies; the next call of `matmul` reads the address."""
         value = c_void_p(pointer)
-        arguments = DescriptorAttribute.BIAS_POINTER, ctypes.byref(value), ctypes.sizeof(value)
+        arguments = attribute, ctypes.byref(value), ctypes.sizeof(value)
         status = self._set_in_descriptor(descriptor.pointer, *arguments)
         if status:
             _check("cublasLtMatmulDescSetAttribute", status)

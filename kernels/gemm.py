@@ -9,13 +9,13 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tapegrad.config import config
 
-from . import cublaslt, gemm_choice, gemm_plan
+from . import cublaslt, gemm_choice, gemm_plan, small_gemm
 from ._build import Array, Module, result
 from .cublaslt import DescriptorAttribute, Epilogue, PreferenceAttribute
 from .gemm_choice import Candidate, Timed
@@ -88,22 +88,12 @@ def product(
     Raises `NotPlanned` while the stream is captured, unless the same product (shapes, strides,
     dtype, alignment) has run before.
     """
-    if xp is np:
-        return None
-    library, _ = cublaslt.load()
-    if library is None:
-        return None
-    device = _device(xp, library)
+    arrays = (x, w) if b is None else (x, w, b)
+    device = _device_of(xp, arrays)
     if device is None:
         return None
     dtype = x.dtype
-    if w.dtype != dtype or (b is not None and b.dtype != dtype):
-        return None
-    arrays = (x, w) if b is None else (x, w, b)
-    memory = [array.data for array in arrays]
-    if any(pointer.device_id != device.number for pointer in memory):
-        return None
-    pointers = [pointer.ptr for pointer in memory]
+    pointers = [array.data.ptr for array in arrays]
     key = (
         *(operation.name, dtype, x.shape, x.strides, w.shape, w.strides),
         *[pointer % gemm_plan.MAX_ALIGNMENT for pointer in pointers],
@@ -132,7 +122,20 @@ def product(
         way = plan.capturable
         if way is None:
             raise NotPlanned(f"cuBLASLt has no algorithm for {_text(operation, x, w)}")
-    return way(xp, pointers, result(xp, plan.shape, dtype, out), b)
+    return way(xp, x, w, pointers, result(xp, plan.shape, dtype, out), b)
+
+
+def _device_of(xp: Module, arrays: Sequence[Array]) -> _Device | None:
+    """Return the device whose cuBLASLt may take arrays; None unless they are there, of one type."""
+    if xp is np:
+        return None
+    library, _ = cublaslt.load()
+    device = None if library is None else _device(xp, library)
+    if device is None or any(array.dtype != arrays[0].dtype for array in arrays):
+        return None
+    if any(array.data.device_id != device.number for array in arrays):
+        return None
+    return device
 
 
 def _is_capturing(xp: Module) -> bool:
@@ -156,18 +159,18 @@ class _Prepared:
     ) -> None:
         self._library = library
         self._kind = kind
-        self._with_bias = epilogue is not Epilogue.DEFAULT
+        self._beside = cublaslt.BESIDE[epilogue]
         # The bias's address is kept in the descriptor until the launch has read it.
         self._lock = threading.Lock()
-        descriptor = library.descriptor(
-            kind.compute,
-            kind.scale,
-            {
-                DescriptorAttribute.TRANSPOSE_A: ctypes.c_int32(problem.transpose_a),
-                DescriptorAttribute.TRANSPOSE_B: ctypes.c_int32(problem.transpose_b),
-                DescriptorAttribute.EPILOGUE: ctypes.c_uint32(epilogue),
-            },
-        )
+        attributes: dict[DescriptorAttribute, Any] = {
+            DescriptorAttribute.TRANSPOSE_A: ctypes.c_int32(problem.transpose_a),
+            DescriptorAttribute.TRANSPOSE_B: ctypes.c_int32(problem.transpose_b),
+            DescriptorAttribute.EPILOGUE: ctypes.c_uint32(epilogue),
+        }
+        if DescriptorAttribute.AUX_POINTER in self._beside:
+            _, row = gemm_plan.mask_shape(problem.d.columns, problem.d.rows)
+            attributes[DescriptorAttribute.AUX_LEADING] = ctypes.c_int64(8 * row)
+        descriptor = library.descriptor(kind.compute, kind.scale, attributes)
         a, b, d = (
             library.layout(kind.data, m.rows, m.columns, m.leading, problem.batch, m.stride)
             for m in (problem.a, problem.b, problem.d)
@@ -192,8 +195,7 @@ class _Prepared:
             }
         )
         with self._lock:
-            if self._with_bias:  # whose alignment it is that algorithms must keep to
-                self._library.set_bias(self.parts[1], pointers[2])
+            self._point(pointers)  # algorithms must keep to the alignment of these too
             return self._library.algorithms(self.parts, preference, count)
 
     def launch(
@@ -220,12 +222,17 @@ class _Prepared:
             *(None if memory is None else memory.data.ptr, workspace),
             xp.cuda.get_current_stream().ptr,
         )
-        if not self._with_bias:
+        if not self._beside:
             self._library.matmul(*arguments)
             return
         with self._lock:
-            self._library.set_bias(self.parts[1], pointers[2])
+            self._point(pointers)
             self._library.matmul(*arguments)
+
+    def _point(self, pointers: list[int]) -> None:
+        # A bias that our own kernel adds is none of cuBLASLt's.
+        for attribute, pointer in zip(self._beside, pointers[2:], strict=False):
+            self._library.set_pointer(self.parts[1], attribute, pointer)
 
 
 class _Way:
@@ -240,17 +247,31 @@ class _Way:
         self._workspace = workspace
         self._finish = finish
 
-    def __call__(self, xp: Module, pointers: list[int], y: Array, b: Array | None) -> Array:
+    def __call__(
+        self, xp: Module, x: Array, w: Array, pointers: list[int], y: Array, b: Array | None
+    ) -> Array:
         self._prepared.launch(xp, self._algorithm, self._workspace, pointers, y.data.ptr)
         return y if self._finish is None else self._finish(xp, y, b)
+
+
+class _SmallWay(NamedTuple):
+    """A kernel of our own, with all that follows inside."""
+
+    variant: small_gemm.Variant
+    relu: bool
+
+    def __call__(
+        self, xp: Module, x: Array, w: Array, pointers: list[int], y: Array, b: Array | None
+    ) -> Array:
+        return small_gemm.product(xp, self.variant, x, w, y, bias=b, relu=self.relu)
 
 
 class _Plan(NamedTuple):
     """How a product runs. None: as CuPy does it, which cannot be captured."""
 
     shape: tuple[int, ...]
-    fastest: _Way | None
-    capturable: _Way | None
+    fastest: _Way | _SmallWay | None
+    capturable: _Way | _SmallWay | None
 
 
 class _Chooser:
@@ -266,9 +287,7 @@ class _Chooser:
         w: Array,
         b: Array | None,
     ) -> None:
-        dtype = x.dtype.name
-        tf32 = config.tf32 and dtype == "float32"
-        kind = gemm_plan.TF32 if tf32 else gemm_plan.TYPES[dtype]
+        kind_name, kind = _kind(x.dtype.name)
         self._device = device
         self._operation = operation
         self._xp = xp
@@ -283,7 +302,13 @@ class _Chooser:
             name: _Prepared(device.library, device.handle, problem, kind, epilogue)
             for name, epilogue in epilogues.items()
         }
-        self.text = _key_text(operation, problem, "tf32" if tf32 else dtype, self._pointers)
+        # In float32 where TF32 is allowed, too: nobody minds a product that is more exact.
+        relu = operation.fused is Epilogue.RELU_BIAS
+        self._small = {
+            variant.name: _SmallWay(variant, relu)
+            for variant in small_gemm.variants(x, w, device.multiprocessors)
+        }
+        self.text = _key_text(operation.name, problem, kind_name, self._pointers)
 
     def untimed(self) -> _Plan:
         """Return the plan that needs no timing: the first algorithm of the first way.
@@ -300,22 +325,24 @@ class _Chooser:
     def timed(self, times: dict[str, Timed]) -> _Plan:
         """Return the plan that is fastest by such times of the ways."""
         chosen = []
-        for allowed in ({*self._prepared, "cupy"}, {*self._prepared}):
+        capturable = {*self._prepared, *self._small}
+        for allowed in ({*capturable, "cupy"}, capturable):
             # CuPy's own only where it is really faster: it costs more of Python's time.
             ranked = [(times[name].seconds, name == "cupy", name) for name in allowed & {*times}]
             name = min(ranked)[2] if ranked else "cupy"
-            chosen.append(None if name == "cupy" else self._way(name, *times[name][1:]))
+            way: _Way | _SmallWay | None = self._small.get(name)
+            if way is None and name != "cupy":
+                way = self._way(name, *times[name][1:])
+            chosen.append(way)
         return _Plan(self._shape, *chosen)
 
     def usable(self, times: dict[str, Timed]) -> bool:
         """Tell whether times are of these ways, and their algorithms such as can run here."""
-        for name, timed in times.items():
-            if name in self._prepared:
-                parts = self._prepared[name].parts
-                needed = self._device.library.accepts(parts, timed.algorithm)
-                if needed is None or not needed <= timed.workspace <= self._device.workspace:
-                    return False
-        return times.keys() <= {*self._prepared, "cupy"}
+        return times.keys() <= {*self._prepared, *self._small, "cupy"} and all(
+            self._device.can_run(self._prepared[name], timed)
+            for name, timed in times.items()
+            if name in self._prepared
+        )
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield what is to be timed. Each launch makes a result of its own."""
@@ -324,6 +351,8 @@ class _Chooser:
                 way = self._way(name, *algorithm)
                 if not self._may_lose_nan(name) or self._keeps_nan(way):
                     yield Candidate(name, functools.partial(self._run, way), *algorithm)
+        for name, small in self._small.items():
+            yield Candidate(name, functools.partial(self._run, small))
         yield Candidate("cupy", self._run_cupy)
 
     def _algorithms(self, name: str, count: int) -> list[tuple[bytes, int]]:
@@ -337,8 +366,9 @@ class _Chooser:
     def _fresh(self) -> Array:
         return self._xp.empty(self._shape, self._arrays[0].dtype)
 
-    def _run(self, way: _Way) -> Array:
-        return way(self._xp, self._pointers, self._fresh(), self._arrays[2])
+    def _run(self, way: _Way | _SmallWay) -> Array:
+        x, w, b = self._arrays
+        return way(self._xp, x, w, self._pointers, self._fresh(), b)
 
     def _run_cupy(self) -> Array:
         x, w, b = self._arrays
@@ -350,13 +380,25 @@ class _Chooser:
 
     def _keeps_nan(self, way: _Way) -> bool:
         """Tell whether an algorithm's ReLU keeps NaN: most turn it into 0."""
-        b = self._arrays[2]
+        x, w, b = self._arrays
         nan = self._xp.asarray(np.full(b.shape, np.nan, b.dtype))
         try:
-            y = way(self._xp, [*self._pointers[:2], nan.data.ptr], self._fresh(), nan)
+            y = way(self._xp, x, w, [*self._pointers[:2], nan.data.ptr], self._fresh(), nan)
         except cublaslt.CublasLtError:
             return False
         return bool(self._xp.isnan(y.astype(np.float32)).all())
+
+
+class Contest(Protocol):
+    """Ways that a product may take; `text` is its name in the file of times."""
+
+    text: str
+
+    def usable(self, times: dict[str, Timed]) -> bool:
+        """Tell whether times are of these ways, and their algorithms such as can run here."""
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield what is to be timed."""
 
 
 class _Device:
@@ -367,10 +409,12 @@ class _Device:
         self.number = number
         self.handle = library.handle()
         self.plans: dict[Any, _Plan] = {}
-        self._lock = threading.Lock()
+        self._decisions: dict[Any, Any] = {}
+        self._lock = threading.RLock()  # deciding on a product may have others planned
         properties = xp.cuda.runtime.getDeviceProperties(number)
         before = properties["major"] < _HOPPER
         self.workspace = _WORKSPACE_BEFORE_HOPPER if before else _WORKSPACE
+        self.multiprocessors = properties["multiProcessorCount"]
         self._facts = {
             "gpu": properties["name"].decode(),
             "driver": str(xp.cuda.runtime.driverGetVersion()),
@@ -404,29 +448,55 @@ class _Device:
                 self.plans[key] = plan
         return plan
 
+    def can_run(self, prepared: _Prepared, timed: Timed) -> bool:
+        """Tell whether the library takes an algorithm for a problem, in the memory it had then."""
+        needed = self.library.accepts(prepared.parts, timed.algorithm)
+        return needed is not None and needed <= timed.workspace <= self.workspace
+
     def _fastest(self, chooser: _Chooser, xp: Module) -> _Plan:
+        times = self.times_of(chooser, xp)
+        return chooser.untimed() if times is None else chooser.timed(times)
+
+    def decision(self, xp: Module, key: Any, decide: Callable[[], Any]) -> Any:
+        """Return what `decide` has returned for a key once; None if that would be in a capture."""
+        with self._lock:
+            if key not in self._decisions:
+                if _is_capturing(xp):
+                    return None
+                if len(self._decisions) >= _MAX_PLANS:
+                    self._decisions.clear()
+                self._decisions[key] = decide()
+            return self._decisions[key]
+
+    def times_of(self, contest: Contest, xp: Module) -> dict[str, Timed] | None:
+        """Return the times of ways, from the file or taken now; None without memory to do so."""
         if self._times is None:
             self._times = gemm_choice.Times(self._facts)
-        times = self._times.get(chooser.text)
-        if times is not None and not chooser.usable(times):
-            self._times.drop(chooser.text, "cuBLASLt does not know an algorithm in it")
+        times = self._times.get(contest.text)
+        if times is not None and not contest.usable(times):
+            self._times.drop(contest.text, "cuBLASLt does not know an algorithm in it")
             times = None
         if times is None:
             try:
                 with gemm_choice.scratch_memory(xp):
-                    times = gemm_choice.measure(chooser.candidates(), timer(xp))
+                    times = gemm_choice.measure(contest.candidates(), timer(xp))
             except MemoryError:  # there is none to try things out in
-                return chooser.untimed()
-            self._times.put(chooser.text, times)
-        return chooser.timed(times)
+                return None
+            self._times.put(contest.text, times)
+        return times
 
 
 timer = gemm_choice.DeviceTimer
 
 
-def _key_text(
-    operation: Operation, problem: gemm_plan.Problem, kind: str, pointers: list[int]
-) -> str:
+def _kind(dtype: str) -> tuple[str, gemm_plan.Type]:
+    """Return how a dtype is computed with, by name and for cuBLASLt."""
+    if config.tf32 and dtype == "float32":
+        return "tf32", gemm_plan.TF32
+    return dtype, gemm_plan.TYPES[dtype]
+
+
+def _key_text(name: str, problem: gemm_plan.Problem, kind: str, pointers: list[int]) -> str:
     """Return a problem as the file of times names it."""
     matrices = [
         f"{m.rows}x{m.columns}/{m.leading}/{m.stride}{'t' if transposed else ''}"
@@ -437,7 +507,7 @@ def _key_text(
         )
     ]
     aligned = ",".join(str(gemm_plan.alignment(pointer)) for pointer in pointers)
-    return f"{operation.name} {kind} {' '.join(matrices)} batch {problem.batch} aligned {aligned}"
+    return f"{name} {kind} {' '.join(matrices)} batch {problem.batch} aligned {aligned}"
 
 
 _devices: dict[int, tuple[_Device | None, str]] = {}

@@ -16,7 +16,7 @@ from tapegrad._files import atomic_write
 from . import cublaslt
 from ._build import Module
 
-_FORMAT = 1
+_FORMAT = 2  # 1: before our own kernels for small matrices were among the ways
 _CLOSE = 1.2  # a candidate this much slower than the best is not timed again
 _ROUNDS = 3
 
@@ -25,7 +25,7 @@ class Timed(NamedTuple):
     """The best of one way's candidates."""
 
     seconds: float
-    algorithm: bytes = b""  # of cuBLASLt; empty where the way is CuPy's own
+    algorithm: bytes = b""  # of cuBLASLt; empty where the way is CuPy's or our own
     workspace: int = 0  # bytes
 
 

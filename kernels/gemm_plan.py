@@ -46,6 +46,7 @@ TYPES = {
 }
 TF32 = TYPES["float32"]._replace(compute=cublaslt.Compute.TF32)
 MAX_ALIGNMENT = 16  # bytes: the widest load of any algorithm
+_MASK_BITS = 128
 
 
 class Matrix(NamedTuple):
@@ -155,6 +156,14 @@ def _spacing(stack: Shape, *operands: list[int]) -> tuple[int, ...] | None:
             return None
         count *= stack[axis]
     return found
+
+
+def mask_shape(rows: int, columns: int) -> Shape:
+    """Return the shape, in bytes, of a mask of one bit for each element of (rows, columns).
+
+    cuBLASLt wants the bits of a row to be padded to a multiple of 128.
+    """
+    return rows, -(-columns // _MASK_BITS) * _MASK_BITS // 8
 
 
 def alignment(pointer: int) -> int:

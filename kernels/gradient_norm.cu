@@ -1,6 +1,6 @@
 // The norm of all gradients together, and the factor that it and a scaled loss ask for.
 //
-// T is float or double; N = 16 / sizeof(T), or 1 where an address is no multiple of 16 bytes. Two
+// T is float, double, __half or __nv_bfloat16; N = 16 / sizeof(T), or 1 where an address is no multiple of 16 bytes. Two
 // launches, the first for each array, without atomics: the same bits at every run.
 #include "common.cuh"
 
@@ -17,8 +17,13 @@ __device__ double sum_of_block(double v) {
   return sums[threadIdx.x];
 }
 
-// partial[block] = the sum of the squares of the elements that a block sees. In double: the square
-// of a float overflows from 2e19.
+// In double: the square of a float overflows from 2e19.
+template <typename T> __device__ double square(T v) {
+  const double wide = double(accumulator_t<T>(v));
+  return wide * wide;
+}
+
+// partial[block] = the sum of the squares of the elements that a block sees.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     tapegrad_sum_of_squares(const T *g, double *partial, index_t count) {
@@ -28,9 +33,9 @@ __global__ void __launch_bounds__(kThreads)
   for (index_t i = start; i < count / N; i += step) {
     const Pack<T, N> pack = load<N>(g, i);
 #pragma unroll
-    for (int k = 0; k < N; ++k) sum += double(pack.at[k]) * double(pack.at[k]);
+    for (int k = 0; k < N; ++k) sum += square(pack.at[k]);
   }
-  for (index_t i = count / N * N + start; i < count; i += step) sum += double(g[i]) * double(g[i]);
+  for (index_t i = count / N * N + start; i < count; i += step) sum += square(g[i]);
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }

@@ -1,7 +1,9 @@
 // Optimiser updates of one flat buffer, in place, in one pass.
 //
-// T is float or double; N = 16 / sizeof(T), or 1 where an address is no multiple of 16 bytes. One
-// thread updates N neighbouring parameters at a time; the last count % N go one by one.
+// T is float, double, __half or __nv_bfloat16; N = 16 / sizeof(T), or 1 where an address is no
+// multiple of 16 bytes. One thread updates N neighbouring parameters at a time; the last count % N
+// go one by one. The rules compute in A, float for the 16-bit types too: what they change is
+// rounded once.
 //
 // Each gradient is multiplied by *factor first (null: by 1), which is what the loss was scaled by
 // and the limit of the gradients' norm make of it: see gradient_norm.cu.
@@ -66,16 +68,23 @@ template <typename T> struct Adam {
 };
 
 // ------------------------------------------------------------------ over the buffer
-template <int N, typename T, typename Rule>
-__device__ void update_pack(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g, T factor,
+template <int N, typename T, typename A, typename Rule>
+__device__ void update_pack(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g, A factor,
                             index_t i) {
   Pack<T, N> parameter = load<N>(p, i), first, second;
   if constexpr (Rule::kSlots > 0) first = load<N>(slot_1, i);
   if constexpr (Rule::kSlots > 1) second = load<N>(slot_2, i);
   const Pack<T, N> gradient = load<N>(g, i);
 #pragma unroll
-  for (int k = 0; k < N; ++k)
-    rule(parameter.at[k], first.at[k], second.at[k], factor * gradient.at[k]);
+  for (int k = 0; k < N; ++k) {
+    A value = A(parameter.at[k]), one = 0, two = 0;
+    if constexpr (Rule::kSlots > 0) one = A(first.at[k]);
+    if constexpr (Rule::kSlots > 1) two = A(second.at[k]);
+    rule(value, one, two, factor * A(gradient.at[k]));
+    parameter.at[k] = T(value);
+    if constexpr (Rule::kSlots > 0) first.at[k] = T(one);
+    if constexpr (Rule::kSlots > 1) second.at[k] = T(two);
+  }
   store<N>(p, i, parameter);
   if constexpr (Rule::kSlots > 0) store<N>(slot_1, i, first);
   if constexpr (Rule::kSlots > 1) store<N>(slot_2, i, second);
@@ -84,7 +93,8 @@ __device__ void update_pack(const Rule &rule, T *p, T *slot_1, T *slot_2, const 
 template <int N, typename T, typename Rule>
 __device__ void update(const Rule &rule, T *p, T *slot_1, T *slot_2, const T *g,
                        const double *factor, index_t count) {
-  const T by = factor ? T(*factor) : T(1);
+  using A = accumulator_t<T>;
+  const A by = factor ? A(*factor) : A(1);
   const index_t start = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const index_t step = index_t(gridDim.x) * blockDim.x;
   for (index_t i = start; i < count / N; i += step)
@@ -107,14 +117,16 @@ template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_sgd(T *p, const T *g, const double *factor, index_t count,
                  const double *learning_rate) {
-  update<N>(Sgd<T>{T(*learning_rate)}, p, (T *)nullptr, (T *)nullptr, g, factor, count);
+  using A = accumulator_t<T>;
+  update<N>(Sgd<A>{A(*learning_rate)}, p, (T *)nullptr, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_momentum(T *p, T *v, const T *g, const double *factor, index_t count,
                       const double *learning_rate, const double *momentum, int nesterov) {
-  const Momentum<T> rule = {T(*learning_rate), T(*momentum), nesterov != 0};
+  using A = accumulator_t<T>;
+  const Momentum<A> rule = {A(*learning_rate), A(*momentum), nesterov != 0};
   update<N>(rule, p, v, (T *)nullptr, g, factor, count);
 }
 
@@ -122,14 +134,16 @@ template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_adagrad(T *p, T *a, const T *g, const double *factor, index_t count,
                      const double *learning_rate, const double *epsilon) {
-  update<N>(Adagrad<T>{T(*learning_rate), T(*epsilon)}, p, a, (T *)nullptr, g, factor, count);
+  using A = accumulator_t<T>;
+  update<N>(Adagrad<A>{A(*learning_rate), A(*epsilon)}, p, a, (T *)nullptr, g, factor, count);
 }
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     tapegrad_rmsprop(T *p, T *v, const T *g, const double *factor, index_t count,
                      const double *learning_rate, const double *rho, const double *epsilon) {
-  const RmsProp<T> rule = {T(*learning_rate), T(*rho), T(1.0 - *rho), T(*epsilon)};
+  using A = accumulator_t<T>;
+  const RmsProp<A> rule = {A(*learning_rate), A(*rho), A(1.0 - *rho), A(*epsilon)};
   update<N>(rule, p, v, (T *)nullptr, g, factor, count);
 }
 
@@ -139,14 +153,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
                   const index_t *step, const double *learning_rate, const double *beta_1,
                   const double *beta_2, const double *epsilon, const double *weight_decay) {
   // by one thread a block: double arithmetic in every thread would outlast the memory traffic
-  __shared__ T corrected[2];
+  using A = accumulator_t<T>;
+  __shared__ A corrected[2];
   if (threadIdx.x == 0) {
-    corrected[0] = T(*learning_rate / (1.0 - power(*beta_1, *step)));
-    corrected[1] = T(1.0 / sqrt(1.0 - power(*beta_2, *step)));
+    corrected[0] = A(*learning_rate / (1.0 - power(*beta_1, *step)));
+    corrected[1] = A(1.0 / sqrt(1.0 - power(*beta_2, *step)));
   }
   __syncthreads();
-  const Adam<T> rule = {T(*beta_1),        T(1.0 - *beta_1), T(*beta_2),
-                        T(1.0 - *beta_2),  T(*epsilon),      corrected[0],
-                        corrected[1],      T(*learning_rate * *weight_decay)};
+  const Adam<A> rule = {A(*beta_1),        A(1.0 - *beta_1), A(*beta_2),
+                        A(1.0 - *beta_2),  A(*epsilon),      corrected[0],
+                        corrected[1],      A(*learning_rate * *weight_decay)};
   update<N>(rule, p, m, v, g, factor, count);
 }

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ._build import ITEM_BYTES, THREADS, Array, Module, Source, cpp_type, grid, pack_width
+from ._build import FLOATING, ITEM_BYTES, THREADS, Array, Module, Source, cpp_type, grid, pack_width
 
-_TYPES = ("float", "double")
 _SOURCE = Source(
     "optimizers.cu",
     *(
@@ -17,13 +16,13 @@ _SOURCE = Source(
             for rule in ("sgd", "momentum", "adagrad", "rmsprop", "adam")
             for width in (1, 16 // ITEM_BYTES[t])
         )
-        for t in _TYPES
+        for t in FLOATING
     ),
 )
 _NORM = Source(
     "gradient_norm.cu",
     (
-        *(f"tapegrad_sum_of_squares<{t}, {n}>" for t in _TYPES for n in (1, 16 // ITEM_BYTES[t])),
+        *(f"tapegrad_sum_of_squares<{t}, {n}>" for t in FLOATING for n in (1, 16 // ITEM_BYTES[t])),
         "tapegrad_gradient_factor",
     ),
 )
@@ -35,10 +34,11 @@ def sgd(
 ) -> bool | None:
     """Update p -= learning_rate * g.
 
-    Here and below: the buffers are 1-D, C-contiguous, of one size, float32 or float64; the
-    hyper-parameters 0-d float64 arrays on the device, read when the kernel runs; `factor`, one
-    more of them, multiplies the gradient first. The answer is True when it is done, None for
-    arrays the kernel was not written for.
+    Here and below: the buffers are 1-D, C-contiguous, of one size and one floating type; float16
+    and bfloat16 are computed with in float32 and rounded once. The hyper-parameters are 0-d float64
+    arrays on the device, read when the kernel runs; `factor`, one more of them, multiplies the
+    gradient first. The answer is True when it is done, None for arrays the kernel was not written
+    for.
     """
     return _update(xp, "sgd", (p, g), (learning_rate,), factor)
 
@@ -128,7 +128,7 @@ def _update(
         return None
     t = cpp_type(*buffers)
     scalars = hyper if factor is None else (*hyper, factor)
-    if t not in _TYPES or not all(_is_device_scalar(xp, h, np.float64) for h in scalars):
+    if t is None or not all(_is_device_scalar(xp, h, np.float64) for h in scalars):
         return None
     width = pack_width(xp, t, 0, *buffers)
     _SOURCE.kernel(f"tapegrad_{rule}<{t}, {width}>")(
@@ -145,7 +145,7 @@ def gradient_factor(
     """Let factor = min(1, limit / norm) / scale, where norm is that of all gradients / scale.
 
     factor, limit and scale are 0-d float64 arrays on the device; instead of the latter two the
-    numbers infinity and 1 may stand. The gradients are float32 or float64, C-contiguous.
+    numbers infinity and 1 may stand. The gradients are floating and C-contiguous.
     """
     given = [None if type(x) is float else x for x in (limit, scale)]
     if any(type(x) is float and x != none for x, none in ((limit, np.inf), (scale, 1.0))):
@@ -154,7 +154,7 @@ def gradient_factor(
     if not all(_is_device_scalar(xp, x, np.float64) for x in scalars):
         return None
     types = [cpp_type(g) for g in gradients]
-    if any(t not in _TYPES for t in types):
+    if None in types:
         return None
     blocks = []
     for t, g in zip(types, gradients, strict=True):

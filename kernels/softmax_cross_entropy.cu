@@ -9,8 +9,9 @@
 //
 // T is float, double, __half or __nv_bfloat16; N values move at once, 16 bytes of them where rows
 // and addresses allow it, else 1. Short rows lie in the registers of 1 to 32 lanes of
-// a warp; a long row is read twice by one block: once for the maximum and the sum of exponentials
-// together (online softmax), once, from L1 or L2, for the gradient. dx may be null.
+// a warp; a long row is read twice by one block, or by several where there are fewer such rows than
+// multiprocessors: once for the maximum, the sum of exponentials and the loss together (online
+// softmax), once, from L1 or L2, for the gradient. dx may be null: then a row is read once.
 //
 // exp, not __expf: __expf(-20) is 25 ulp (1.5e-6 relative) off, exp 1 ulp for a few multiply-adds
 // more, and both spend the one special-function instruction that limits 16-bit types.
@@ -167,90 +168,143 @@ __device__ void row_in_registers(const T *__restrict__ x, const Target target, T
 }
 
 // ------------------------------------------------------------------ long rows
-template <typename A> struct Online {  // of the values seen so far
-  A top, sum;                          // the largest; the sum of exp(value - top)
-  template <int N> __device__ void add(const A (&v)[N]) {
-    A highest = v[0];
-#pragma unroll
-    for (int i = 1; i < N; ++i) highest = fmax(highest, v[i]);
-    rise(highest);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum += exp(v[i] - top);
-  }
+// Of the values that a thread, a block or several have seen: the largest, the sum of
+// exp(value - top), and of w and w * (top - value) where a row has more than one w that counts.
+template <typename A> struct Seen {
+  A top, sum, mass, cost;
   __device__ void rise(A highest) {
     if (!(highest > top)) return;  // rare after the first few: saves an exp
     sum *= exp(top - highest);
+    cost += weighted(mass, highest - top);
     top = highest;
   }
+  __device__ void add(Seen other) {
+    rise(other.top);
+    other.rise(top);
+    sum += other.sum, mass += other.mass, cost += other.cost;
+  }
 };
+template <typename A> __device__ Seen<A> nothing() { return {lowest<A>(), A(0), A(0), A(0)}; }
 
-// A block, of whole warps, for each row in turn; N values a load.
+// What the lanes of a warp have seen together; every lane gets it.
+template <typename A> __device__ Seen<A> lanes_seen(Seen<A> seen) {
+  seen.rise(lanes_max(seen.top, kWarp));
+  return {seen.top, lanes_sum(seen.sum, kWarp), lanes_sum(seen.mass, kWarp),
+          lanes_sum(seen.cost, kWarp)};
+}
+
+// The same of a block, of whole warps. A barrier must come before the next call.
+template <typename A> __device__ Seen<A> block_seen(Seen<A> seen) {
+  __shared__ A tops[kMaxWarps], sums[kMaxWarps], masses[kMaxWarps], costs[kMaxWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  seen = lanes_seen(seen);
+  if (lane == 0)
+    tops[warp] = seen.top, sums[warp] = seen.sum, masses[warp] = seen.mass, costs[warp] = seen.cost;
+  __syncthreads();
+  // each warp adds up all warps' parts for itself: no second barrier
+  if (lane < warps)
+    seen = {tops[lane], sums[lane], masses[lane], costs[lane]};
+  else
+    seen = nothing<A>();
+  return lanes_seen(seen);
+}
+
+// What a thread sees of a row's packs from `begin` to `end`.
+template <int N, typename T, typename Row>
+__device__ Seen<accumulator_t<T>> scan(const T *x, const Row &row, int begin, int end) {
+  using A = accumulator_t<T>;
+  const bool weigh = row.counts && row.only() < 0;
+  Seen<A> seen = nothing<A>();
+#pragma unroll 2
+  for (int p = begin + threadIdx.x; p < end; p += blockDim.x) {
+    const Pack<T, N> pack = load<N>(x, p);
+    A v[N], highest = lowest<A>();
+#pragma unroll
+    for (int i = 0; i < N; ++i) highest = fmax(highest, v[i] = A(pack.at[i]));
+    seen.rise(highest);
+#pragma unroll
+    for (int i = 0; i < N; ++i) seen.sum += exp(v[i] - seen.top);
+    if (!weigh) continue;
+    A w[N];
+    row.weights(p, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      seen.mass += w[i];
+      seen.cost += weighted(w[i], seen.top - v[i]);
+    }
+  }
+  return seen;
+}
+
+template <typename T, typename Row>
+__device__ T loss_of(const T *x, const Row &row, Seen<accumulator_t<T>> seen) {
+  using A = accumulator_t<T>;
+  if (!row.counts) return row.other_loss;
+  const int only = row.only();
+  const A cost = only < 0 ? seen.cost : weighted(row.weight(only), seen.top - A(x[only]));
+  return T(weighted(row.knows_mass() ? row.mass : seen.mass, log(seen.sum)) + cost);
+}
+
+// The gradient of a row's packs from `begin` to `end`, by all threads of a block.
+template <int N, typename T, typename Row>
+__device__ void write_gradient(const T *x, T *dx, const Row &row, Seen<accumulator_t<T>> seen,
+                               int begin, int end) {
+  using A = accumulator_t<T>;
+  const A scale = (row.knows_mass() ? row.mass : seen.mass) / seen.sum;
+  for (int p = begin + threadIdx.x; p < end; p += blockDim.x) {
+    Pack<T, N> pack = load<N>(x, p);
+    A w[N];
+    row.weights(p, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      pack.at[i] = T(row.counts ? exp(A(pack.at[i]) - seen.top) * scale - w[i] : A(0));
+    store<N>(dx, p, pack);
+  }
+}
+
+// A block for each row in turn; N values a load.
 template <typename T, int N, typename Target>
 __device__ void row_a_block(const T *__restrict__ x, const Target target, T *__restrict__ loss,
                             T *__restrict__ dx, index_t rows, int columns) {
-  using A = accumulator_t<T>;
-  __shared__ A tops[kMaxWarps], sums[kMaxWarps], masses[kMaxWarps], costs[kMaxWarps];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int packs = columns / N;
   for (index_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const T *xr = x + r * columns;
     const typename Target::Row row = target.row(r, columns);
-
-    Online<A> seen = {lowest<A>(), A(0)};
-    A mass = 0;
-#pragma unroll 2
-    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-      const Pack<T, N> pack = load<N>(xr, p);
-      A v[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[i] = A(pack.at[i]);
-      seen.add(v);
-      if (row.knows_mass()) continue;
-      A w[N];
-      row.weights(p, w);
-#pragma unroll
-      for (int i = 0; i < N; ++i) mass += w[i];
-    }
-    A top = lanes_max(seen.top, kWarp);
-    A sum = lanes_sum(seen.sum * exp(seen.top - top), kWarp);
-    mass = row.knows_mass() ? A(0) : lanes_sum(mass, kWarp);
-    if (lane == 0) tops[warp] = top, sums[warp] = sum, masses[warp] = mass;
-    __syncthreads();
-    // each warp adds up all warps' parts for itself: no second barrier
-    const A part = lane < warps ? tops[lane] : lowest<A>();
-    top = lanes_max(part, kWarp);
-    sum = lanes_sum(lane < warps ? sums[lane] * exp(part - top) : A(0), kWarp);
-    mass = row.knows_mass() ? row.mass : lanes_sum(lane < warps ? masses[lane] : A(0), kWarp);
-
-    const bool one_term = row.only() >= 0;
-    A cost = 0;  // sum of w * (top - x)
-    if (row.counts && one_term && threadIdx.x == 0)
-      cost = weighted(row.weight(row.only()), top - A(xr[row.only()]));
-    if (dx || (row.counts && !one_term)) {
-      const A scale = mass / sum;
-      for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-        Pack<T, N> pack = load<N>(xr, p);
-        A w[N];
-        row.weights(p, w);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const A v = A(pack.at[i]);
-          if (!one_term) cost += weighted(w[i], top - v);
-          pack.at[i] = T(row.counts ? exp(v - top) * scale - w[i] : A(0));
-        }
-        if (dx) store<N>(dx + r * columns, p, pack);
-      }
-    }
-    if (row.counts && !one_term) {
-      cost = lanes_sum(cost, kWarp);
-      if (lane == 0) costs[warp] = cost;
-      __syncthreads();
-      cost = lanes_sum(lane < warps ? costs[lane] : A(0), kWarp);
-    }
-    if (threadIdx.x == 0)
-      loss[r] = row.counts ? T(weighted(mass, log(sum)) + cost) : row.other_loss;
+    const auto seen = block_seen(scan<N>(xr, row, 0, columns / N));
+    if (threadIdx.x == 0) loss[r] = loss_of(xr, row, seen);
+    if (dx) write_gradient<N>(xr, dx + r * columns, row, seen, 0, columns / N);
     __syncthreads();  // before the next row overwrites the shared parts
   }
+}
+
+// ------------------------------------------------------------------ long rows, too few of them
+// Several blocks for each row, in two launches: what each has seen of its slice; and then, of what
+// all have seen, loss and gradient. gridDim = (slices of `each` packs, rows); parts[r, slice].
+template <typename T, int N, typename Target>
+__device__ void scan_slice(const T *__restrict__ x, const Target target,
+                           Seen<accumulator_t<T>> *__restrict__ parts, int columns, int each) {
+  const index_t r = blockIdx.y;
+  const int packs = columns / N, begin = blockIdx.x * each;
+  const int end = packs - begin < each ? packs : begin + each;
+  const auto seen = block_seen(scan<N>(x + r * columns, target.row(r, columns), begin, end));
+  if (threadIdx.x == 0) parts[r * gridDim.x + blockIdx.x] = seen;
+}
+
+// Without dx one warp a row is enough.
+template <typename T, int N, typename Target>
+__device__ void finish_slice(const T *__restrict__ x, const Target target,
+                             const Seen<accumulator_t<T>> *__restrict__ parts,
+                             T *__restrict__ loss, T *__restrict__ dx, int columns, int each,
+                             int slices) {
+  const index_t r = blockIdx.y;
+  const int packs = columns / N, begin = blockIdx.x * each;
+  const int end = packs - begin < each ? packs : begin + each;
+  const typename Target::Row row = target.row(r, columns);
+  auto seen = nothing<accumulator_t<T>>();  // each warp adds up all for itself: no barrier
+  for (int slice = threadIdx.x % kWarp; slice < slices; slice += kWarp)
+    seen.add(parts[r * slices + slice]);
+  seen = lanes_seen(seen);
+  if (blockIdx.x == 0 && threadIdx.x == 0) loss[r] = loss_of(x + r * columns, row, seen);
+  if (dx) write_gradient<N>(x + r * columns, dx + r * columns, row, seen, begin, end);
 }
 
 // ------------------------------------------------------------------ kernels
@@ -285,4 +339,37 @@ __global__ void __launch_bounds__(kMaxThreads<T>, 1)
     tapegrad_probability_cross_entropy_long(const T *x, const T *probabilities, T *loss, T *dx,
                                             index_t rows, int columns) {
   row_a_block<T, N>(x, Probabilities<T>{probabilities}, loss, dx, rows, columns);
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kMaxThreads<T>, 1) tapegrad_label_cross_entropy_scan(
+    const T *x, const void *labels, Seen<accumulator_t<T>> *parts, int columns, int each,
+    int label_bytes, int ignores, index_t ignored, accumulator_t<T> even,
+    accumulator_t<T> at_label, const T *class_weights) {
+  const Labels<T> target = {labels, label_bytes, ignores, ignored, even, at_label, class_weights};
+  scan_slice<T, N>(x, target, parts, columns, each);
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kMaxThreads<T>, 1) tapegrad_label_cross_entropy_finish(
+    const T *x, const void *labels, const Seen<accumulator_t<T>> *parts, T *loss, T *dx,
+    int columns, int each, int slices, int label_bytes, int ignores, index_t ignored,
+    accumulator_t<T> even, accumulator_t<T> at_label, const T *class_weights) {
+  const Labels<T> target = {labels, label_bytes, ignores, ignored, even, at_label, class_weights};
+  finish_slice<T, N>(x, target, parts, loss, dx, columns, each, slices);
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kMaxThreads<T>, 1)
+    tapegrad_probability_cross_entropy_scan(const T *x, const T *probabilities,
+                                            Seen<accumulator_t<T>> *parts, int columns, int each) {
+  scan_slice<T, N>(x, Probabilities<T>{probabilities}, parts, columns, each);
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kMaxThreads<T>, 1)
+    tapegrad_probability_cross_entropy_finish(const T *x, const T *probabilities,
+                                              const Seen<accumulator_t<T>> *parts, T *loss, T *dx,
+                                              int columns, int each, int slices) {
+  finish_slice<T, N>(x, Probabilities<T>{probabilities}, parts, loss, dx, columns, each, slices);
 }

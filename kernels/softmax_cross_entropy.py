@@ -17,6 +17,7 @@ from ._build import (
     Source,
     cpp_type,
     grid,
+    multiprocessors,
     pack_width,
 )
 
@@ -29,17 +30,22 @@ def _widths(type_name: str) -> tuple[int, int]:
     return 1, 16 // ITEM_BYTES[type_name]
 
 
+def _names(*forms: str) -> tuple[str, ...]:
+    kinds = ("label", "probability")
+    return tuple(f"tapegrad_{kind}_cross_entropy_{form}" for kind in kinds for form in forms)
+
+
 _SOURCE = Source(
     "softmax_cross_entropy.cu",
     *(
-        tuple(
-            f"tapegrad_{target}_cross_entropy_{form}"
-            for target in ("label", "probability")
-            for form in (
-                *(f"short<{t}, {values}, {n}>" for values in (_FEW, _MANY) for n in _widths(t)),
-                *(f"long<{t}, {n}>" for n in _widths(t)),
-            )
+        _names(
+            *(f"short<{t}, {values}, {n}>" for values in (_FEW, _MANY) for n in _widths(t)),
+            *(f"long<{t}, {n}>" for n in _widths(t)),
         )
+        for t in FLOATING
+    ),
+    *(
+        _names(*(f"{part}<{t}, {n}>" for part in ("scan", "finish") for n in _widths(t)))
         for t in FLOATING
     ),
 )
@@ -49,6 +55,10 @@ _SHORT_THREADS = 128
 # an H200) the second read of each still finds it in L2.
 _WIDE_BYTES = 32 << 10
 _LONG_THREADS, _MOST_THREADS = 256, {"double": 512}
+# A row of more bytes than the first is cut into slices of the second at least, where that gives
+# work to multiprocessors that have no row. Reckoned, not measured: below, the second launch takes
+# as long as it saves.
+_SLICED_BYTES, _SLICE_BYTES = 64 << 10, 16 << 10
 
 
 def softmax_cross_entropy(
@@ -171,6 +181,22 @@ def _launch(
             (_SHORT_THREADS,),
             (*arguments, np.int32(lanes), *extra),
         )
+    elif (slices := _slices(xp, logits)) > 1:
+        packs = columns // width
+        each = -(-packs // slices)
+        slices = -(-packs // each)
+        accumulator = np.float64 if t == "double" else np.float32
+        parts = xp.empty((rows, slices, 4), accumulator)
+        threads = _MOST_THREADS.get(t, 1024)
+        sizes = np.int32(columns), np.int32(each)
+        _SOURCE.kernel(f"{name}_scan<{t}, {width}>")(
+            (slices, rows), (threads,), (logits, target, parts, *sizes, *extra)
+        )
+        _SOURCE.kernel(f"{name}_finish<{t}, {width}>")(
+            (slices if with_grad else 1, rows),
+            (threads if with_grad else WARP,),
+            (logits, target, parts, loss, dlogits, *sizes, np.int32(slices), *extra),
+        )
     else:
         wide = columns * logits.itemsize > _WIDE_BYTES
         threads = _MOST_THREADS.get(t, 1024) if wide else _LONG_THREADS
@@ -178,3 +204,12 @@ def _launch(
             (min(rows, MAX_BLOCKS),), (threads,), (*arguments, *extra)
         )
     return loss, dlogits
+
+
+def _slices(xp: Module, logits: Array) -> int:
+    """Return into how many slices each row is cut, for several blocks; below 2: into none."""
+    rows: int = logits.shape[0]
+    row_bytes: int = logits.shape[1] * logits.itemsize
+    if row_bytes < _SLICED_BYTES:
+        return 0
+    return min(multiprocessors(xp) // rows, row_bytes // _SLICE_BYTES)

@@ -16,6 +16,9 @@ from tapegrad.primitive import Update
 class FlatUpdate(Update):
     """An Update of flat arrays by a rule on their blocks; the last of them is the gradient.
 
+    Arrays of 16 bits are computed with in float32 and rounded once: 0.999 may be 1 in 16 bits, and
+    the square of a small gradient 0.
+
     rule     what is done with a block.
     numbers  what the rule needs, of the hyper-parameters: Python numbers, or a device's arrays.
 
@@ -44,14 +47,15 @@ class FlatUpdate(Update):
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
         arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
         g = arrays[-1]
+        wide = computed_in(g.dtype)
         settings, factors = settings[: self.settings], settings[self.settings :]
         formula, params = self.formula(params)
         if xp is np:  # a ufunc takes an array without axes in two thirds of the time of a scalar
-            numbers = [np.array(k, g.dtype) for k in formula(*[x.item() for x in settings])]
+            numbers = [np.array(k, wide) for k in formula(*[x.item() for x in settings])]
         else:  # computed where they are: asking for their values would wait for the device
-            numbers = [k.astype(g.dtype) for k in formula(*settings)]
-        factor = factors[0].astype(g.dtype) if factors else None
-        self.update_blocks(xp, arrays, spares(xp, g.size, g.dtype), numbers, factor, **params)
+            numbers = [k.astype(wide) for k in formula(*settings)]
+        factor = factors[0].astype(wide) if factors else None
+        self.update_blocks(xp, arrays, spares(xp, g.size, wide), numbers, factor, **params)
 
     def formula(self, params: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
         """Return the numbers as a function of the settings alone, and the rule's parameters."""
@@ -73,9 +77,14 @@ class FlatUpdate(Update):
         """Go through the arrays block by block; `scratch` is for each lane."""
 
         def update(parts: Sequence[Array], spare: Array) -> None:
+            narrow = parts[: self.writes] if parts[0].dtype != spare.dtype else ()
+            if narrow:
+                parts = [part.astype(spare.dtype) for part in parts]
             if factor is not None:
                 parts = [*parts[:-1], parts[-1] * factor]
             self.rule(xp, *parts, spare, *numbers, **params)
+            for part, value in zip(narrow, parts, strict=False):
+                part[...] = value
 
         def block(s: slice, lane: int) -> None:
             update([a[s] for a in arrays], scratch[lane][: s.stop - s.start])
@@ -85,6 +94,11 @@ class FlatUpdate(Update):
             update(arrays, scratch[0])
         else:
             for_blocks(arrays[0].size, block)
+
+
+def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type in which an update of arrays of this type computes."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
 def spares(xp: Module, size: int, dtype: Any) -> list[Array]:

@@ -33,7 +33,7 @@ _ALIGNMENT = 256
 # ---- the updates
 #
 # An update is a rule on blocks of flat arrays, in place: `rule(xp, *arrays, spare, *numbers)`, with
-# scratch of a block's size and numbers of the parameters' type (a wider type would promote). Its
+# scratch of a block's size and numbers of the arrays' type (a wider type would promote). Its
 # numbers come from the hyper-parameters, 0-d float64 arrays, and `step`, a 0-d int64 array: a
 # compiled program reads them anew in every call.
 #

@@ -296,7 +296,9 @@ def test_every_row_runs_its_operation_and_every_primitive_runs() -> None:
                 assert case.function.__code__ in called or case.function in operator, case.name
                 if case.differentiable and has_floats(case):
                     check_gradients(curved(case.call), sample)
-    assert primitives.keys() - listener.names == set()
+    # Only rewrites put these into programs: tests/function/test_epilogues.py.
+    rest = {"linear_relu_with_mask", "matmul_linear_relu_grad", "matmul_with_sums"}
+    assert primitives.keys() - listener.names == rest
 
 
 # ---- promotion

@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -193,6 +194,48 @@ def test_float32_stays_close_to_float64(case):
     for name, variable in variables.items():
         assert variable.dtype == np.float32
         np.testing.assert_allclose(variable, values[name], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [5, 70_000])  # a block, and more
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("case", ["sgd", "nesterov", "adagrad", "rmsprop", "adam", "adamw"])
+def test_16_bits_are_rounded_once_in_a_step(case, dtype, size, compiled):
+    """Each step is the formula's, from the rounded values of the last, to half a unit."""
+    rng = np.random.default_rng(2)
+    optimizer, formula = made(case)
+    variable = tg.Variable(rng.normal(size=size).astype(dtype))
+    apply = tg.function(lambda g: optimizer.apply([g], [variable])) if compiled else None
+    slots = {"accumulator": float(np.array(0.1, dtype))} if case == "adagrad" else {}
+    half = 2**-11 if variable.dtype == np.float16 else 2**-8
+    # small ones, whose squares are below float16's smallest number
+    scale = np.where(np.arange(size) % 2, 1.0, 1e-4)
+    for t in range(1, 6):
+        p = variable.numpy().astype("f8")
+        g = (rng.normal(size=size) * scale).astype(dtype)
+        want = formula(p, g.astype("f8"), slots, t)
+        if compiled:
+            apply(tg.constant(g))
+        else:
+            optimizer.apply([g], [variable])
+        got = variable.numpy()
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype("f8"), want, rtol=1.01 * half, atol=1e-6)
+        for name, value in slots.items():
+            slot = optimizer.slot(variable, name).numpy()
+            assert slot.dtype == dtype
+            # float16's smallest number is 6e-8
+            np.testing.assert_allclose(slot.astype("f8"), value, rtol=1.01 * half, atol=3.1e-8)
+            slots[name] = slot.astype("f8")
+
+
+def test_a_gradient_of_16_bits_is_scaled_in_float32_and_stays_as_it_is():
+    p, g = np.ones(3, "f2"), np.array([3, 1e-4, 6e4], "f2")
+    before = g.copy()
+    # 1000 * 6e4 is beyond float16
+    optimizers.sgd_update.compute([p, g, np.array(1000.0), np.array(1e-3)], {})
+    np.testing.assert_array_equal(p, (1 - before.astype("f8")).astype("f2"))
+    np.testing.assert_array_equal(g, before)
 
 
 @pytest.mark.parametrize("case", ["sgd", "nesterov", "adagrad", "rmsprop", "adam", "adamw"])

@@ -15,7 +15,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK
-from tapegrad._flat_update import FlatUpdate, spares
+from tapegrad._flat_update import FlatUpdate, computed_in, spares
 from tapegrad._function.blocks import SoftmaxCrossEntropy
 from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers
@@ -1027,10 +1027,11 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     if all(place.kind == "static" for place in hyperparameters):
         now = [place.array.item() for place in hyperparameters]
         known = [max(x, 1) if type(x) is int else x for x in now]  # a step that was taken
-    numbers = [np.array(number, dtype) for number in formula(*known)]
+    wide = computed_in(dtype)
+    numbers = [np.array(number, wide) for number in formula(*known)]
     take = _Numbers(formula, numbers)
-    scratch = spares(np, g.size, dtype)
-    if g.size > BLOCK:
+    scratch = spares(np, g.size, wide)
+    if g.size > BLOCK or dtype != wide:
         b.bound(take, *hyperparameters)
         rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers, **params)
         b.bound(_named(step.name, rule))

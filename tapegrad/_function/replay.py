@@ -170,6 +170,7 @@ class Replay:
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
         self._careful: Callable[..., Any] | None = None
+        self._met = 0  # how often the quick way was given up
         layout = Layout(self._program if "layout" in simplify.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
         self._placements, self._memory_of = placements, memory_of
@@ -204,7 +205,14 @@ class Replay:
         """Run the program with every check where it belongs: a NaN has been seen."""
         if self._careful is None:
             _, _, self._careful = self._lower(Layout(None))
+        self._met += 1
+        if self._met == _OFTEN:  # each such call has computed most things twice
+            self._met = 0
+            self._call = _ForAWhile(self, self._call, self._careful)
         return self._careful(arrays)
+
+    def _run_quickly(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
     @property
     def hands_back_nothing(self) -> bool:
@@ -267,6 +275,32 @@ class _Carefully:
         replay = self._replay()
         assert replay is not None
         return replay._run_carefully(arrays)
+
+
+_OFTEN = 8  # calls that were sent the careful way, until some are begun there
+_WHILE = 128  # calls that then are
+
+
+class _ForAWhile:
+    """Runs a program carefully from the beginning, some times, and then gives the other way back.
+
+    A net whose logits lie far apart, or whose loss is NaN, would pay for both ways in every step.
+    """
+
+    def __init__(
+        self, replay: Replay, quickly: Callable[..., Any], carefully: Callable[..., Any]
+    ) -> None:
+        self._replay = weakref.ref(replay)
+        self._quickly, self._carefully = quickly, carefully
+        self._left = _WHILE
+
+    def __call__(self, arrays: Sequence[Array]) -> Any:
+        self._left -= 1
+        if not self._left:
+            replay = self._replay()
+            assert replay is not None
+            replay._run_quickly(self._quickly)
+        return self._carefully(arrays)
 
 
 def _finisher(program: Program) -> Callable[[Any, Sequence[Any]], Any] | None:

@@ -17,7 +17,12 @@ from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import ends
 
 # The primitives that are a matrix product in the main: only these are worth a branch.
-PRODUCTS = frozenset(("matmul", "matmul_nt", "matmul_tn", "einsum", "linear", "linear_relu"))
+PRODUCTS = frozenset(
+    (
+        *("matmul", "matmul_nt", "matmul_tn", "einsum", "linear", "linear_relu"),
+        *("linear_relu_with_mask", "matmul_linear_relu_grad", "matmul_with_sums"),
+    )
+)
 
 MAIN, SECOND = 0, 1
 START = -1  # the position before the first launch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tapegrad._function import algebra, chains, layout, patterns, updates
+from tapegrad._function import algebra, chains, epilogues, layout, patterns, updates
 from tapegrad._function.program import Program
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
 
@@ -12,6 +12,7 @@ TABLE: dict[str, Rewrite] = {
     **algebra.REWRITES,
     **chains.REWRITES,
     **updates.REWRITES,
+    **epilogues.REWRITES,
     "layout": layout.REWRITE,
 }
 ENABLED: set[str] = set(TABLE)  # the names of those that are done: all, but for tests

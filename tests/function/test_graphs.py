@@ -360,12 +360,12 @@ def test_the_text_says_how_it_is_replayed() -> None:
     for i in range(4):
         trainer(i)
     text = trainer.compiled.explain_program()
-    assert text.startswith("# Trainer.step: 41 steps, 2 of them on a second branch, to be captured")
+    assert text.startswith("# Trainer.step: 39 steps, 2 of them on a second branch, to be captured")
     trainer(4)
     (program,) = trainer.compiled.programs
     text = trainer.compiled.explain_program()
     assert text.startswith(
-        "# Trainer.step: a CUDA graph of 41 steps, 2 of them on a second branch; "
+        "# Trainer.step: a CUDA graph of 39 steps, 2 of them on a second branch; "
         f"{program.arena / 1024:.1f} KiB of its own memory\n"
     )
     assert program.arena > 0
@@ -373,7 +373,7 @@ def test_the_text_says_how_it_is_replayed() -> None:
     assert "linear_relu(x0, 'v0', 'v1')  float32[8, 16]" in text
     tg.config.cuda_graphs = False
     try:
-        assert "plain launches of 41 steps: tg.config.cuda_graphs is False" in (
+        assert "plain launches of 39 steps: tg.config.cuda_graphs is False" in (
             trainer.compiled.explain_program()
         )
     finally:

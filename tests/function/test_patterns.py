@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapegrad as tg
-from tapegrad._function import simplify
+from tapegrad._function import epilogues, simplify
 from tests import test_backends
 from tests.function.compiled import assert_same, rewritten
 from tests.function.programs import Training
@@ -713,6 +713,7 @@ SWITCHES = {
 def test_the_table_is_whole():
     # tests/kernels/test_chains.py, test_rewrites.py, tests/gpu/test_updates.py
     elsewhere = {"chains", "layout", "updates"}
+    elsewhere |= epilogues.REWRITES.keys()  # test_epilogues.py
     assert {*SWITCHES, *elsewhere} == set(simplify.TABLE)
 
 

@@ -318,3 +318,36 @@ def test_an_update_that_is_more_than_ufuncs_is_called():
     assert_same(*found)
     assert found[0][1] == 2.0
     assert "else:" not in call.explain_program()
+
+
+def test_what_is_often_careful_begins_so_for_a_while():
+    """Eight times both ways, then 128 times the careful one alone, and from the beginning again."""
+    w, b = tg.Variable([[1.0, -1.0]]), tg.Variable([0.0, 0.0])
+    optimizer = tg.optimizers.SGD(0.0)
+
+    def step(x, labels):
+        with tg.GradientTape() as tape:
+            loss = tg.nn.softmax_cross_entropy(tg.nn.linear(x, w, b), labels)
+        optimizer.apply(tape.gradient(loss, [w, b]), [w, b])
+        return loss
+
+    f = tg.function(step)
+    near, far, labels = tg.constant([[1.0]]), tg.constant([[90.0]]), tg.constant([1])
+    for _ in range(3):
+        f(near, labels)
+    (program,) = f.programs
+    quick = program._call
+
+    def beginnings(x, calls):
+        """Return how many of so many calls began the quick way, all of them right."""
+        want, found = step(x, labels), 0
+        for _ in range(calls):
+            found += program._call is quick
+            assert_same(f(x, labels), want, 1e-6)
+        return found
+
+    assert beginnings(near, 5) == 5
+    assert beginnings(far, 8 + 128) == 8
+    assert beginnings(near, 5) == 5
+    assert beginnings(far, 8 + 100) == 8
+    assert beginnings(near, 30) == 2

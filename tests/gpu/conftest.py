@@ -84,7 +84,7 @@ def cupy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     with (
         pytest.MonkeyPatch.context() as patch,
         kernels_on_cpu(),
-        cublaslt_on_cpu(fake, cache),
+        cublaslt_on_cpu(fake, cache, small=True),
     ):
         patch.setattr(_build, "raw_module", _launched(_build.raw_module))
         for kernel in _build.ELEMENTWISE:

@@ -24,11 +24,13 @@ from tapegrad.kernels import (
     optimizers,
     random,
     scatter_add,
+    small_gemm,
     softmax_cross_entropy,
 )
 from tests.kernels import test_dropout as dropout_meaning
 from tests.kernels import test_linear_relu as linear_meanings
 from tests.kernels import test_optimizers as optimizer_meanings
+from tests.kernels import test_small_gemm as small_meanings
 from tests.kernels import test_softmax_cross_entropy as loss_meanings
 
 from .conftest import on_device
@@ -83,6 +85,22 @@ def test_linear_relu(cupy: ModuleType, shape: tuple[int, int], dtype: Any) -> No
         np.testing.assert_array_equal(array, want.astype(dtype), strict=True)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("side", small_meanings.SIDES)
+@pytest.mark.parametrize("layout", small_meanings.LAYOUTS)
+def test_small_gemm(cupy: ModuleType, layout: str, side: int, parts: int) -> None:
+    variant = small_gemm.Variant(side, parts)
+    for shape in [(1, 1, 1), (33, 300, 10), (64, 129, 12), (130, 70, 132)]:
+        x, w = small_meanings.operands(*shape, layout)
+        y, sums = (cupy.full(s, 7, "f4") for s in ((shape[0], shape[2]), (shape[2],)))
+        for after in small_meanings.afters(shape[0], shape[2]):
+            there = {k: v if v is True else on_device(v) for k, v in after.items()}
+            arrays = on_device(x), on_device(w), y
+            small_gemm.product(cupy, variant, *arrays, sums=sums, **there)
+            np.testing.assert_array_equal(host(y)[0], small_meanings.meaning(x, w, **after))
+            np.testing.assert_array_equal(host(sums)[0], w.sum(0))
+
+
 @pytest.mark.parametrize("classes", [1, 10, 33, 96, 257, 1000, 1025, 1032, 8200, 50257])
 @DTYPES
 def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
@@ -109,11 +127,33 @@ def test_cross_entropies(cupy: ModuleType, classes: int, dtype: Any) -> None:
     np.testing.assert_array_equal(loss[0].astype("f8"), got[0].astype("f8"))
 
 
+@pytest.mark.parametrize("classes", [65536, 131071, 131072])
+@DTYPES
+def test_cross_entropies_of_few_long_rows(cupy: ModuleType, classes: int, dtype: Any) -> None:
+    """Several blocks for each row."""
+    x = loss_meanings.logits_of(2, classes, dtype)
+    labels = np.array([classes - 1, 5])
+    q = loss_meanings.probabilities_of(2, classes, dtype)
+    for smoothing in (0.0, 0.1):
+        options = {"label_smoothing": smoothing, "ignore_label": 5}
+        want = loss_meanings.label_meaning(x, labels, smoothing, 5)
+        arrays = on_device(x), on_device(labels)
+        got = host(softmax_cross_entropy.softmax_cross_entropy_with_grad(cupy, *arrays, **options))
+        loss_meanings.check(got, want, dtype)
+        (loss,) = host(softmax_cross_entropy.softmax_cross_entropy(cupy, *arrays, **options))
+        np.testing.assert_array_equal(loss.astype("f8"), got[0].astype("f8"))
+    arrays = on_device(x), on_device(q)
+    got = host(softmax_cross_entropy.probability_cross_entropy_with_grad(cupy, *arrays))
+    loss_meanings.check(got, loss_meanings.probability_meaning(x, q), dtype)
+    (loss,) = host(softmax_cross_entropy.probability_cross_entropy(cupy, *arrays))
+    np.testing.assert_array_equal(loss.astype("f8"), got[0].astype("f8"))
+
+
 @pytest.mark.parametrize("size", [1, 5, 257, 4100, 100_003])
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@DTYPES
 @pytest.mark.parametrize("name", optimizer_meanings.RULES)
-def test_optimizers(cupy: ModuleType, name: str, dtype: str, aligned: bool, size: int) -> None:
+def test_optimizers(cupy: ModuleType, name: str, dtype: Any, aligned: bool, size: int) -> None:
     _, launcher, _, _, keywords = optimizer_meanings.RULES[name]
     buffers, g = optimizer_meanings.buffers_of(name, size, dtype)
     hyper = [on_device(h) for h in optimizer_meanings.arguments_of(name)[0]]
@@ -124,8 +164,8 @@ def test_optimizers(cupy: ModuleType, name: str, dtype: str, aligned: bool, size
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 257], [100_003, 5]])
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_gradient_factor(cupy: ModuleType, dtype: str, sizes: list[int]) -> None:
+@DTYPES
+def test_gradient_factor(cupy: ModuleType, dtype: Any, sizes: list[int]) -> None:
     rng = np.random.default_rng(0)
     gradients = [rng.normal(size=n).astype(dtype) for n in sizes]
     norm = np.sqrt(sum((g.astype("f8") ** 2).sum() for g in gradients)) / 2.0
@@ -210,7 +250,7 @@ OPTIONS = {"label_smoothing": 0.0, "ignore_label": None}
         (softmax_cross_entropy.probability_cross_entropy, (X, X.T.copy().T), {}),
         (scatter_add.scatter_add, (X.T, np.zeros(6, "i8")), {"rows": 2}),
         (scatter_add.scatter_add, (X, INDEX.astype("i4")), {"rows": 2}),
-        (optimizers.sgd, (X[0].astype("f2"), X[0].astype("f2"), np.array(0.1)), {}),
+        (optimizers.sgd, (X[0].astype("f2"), X[0], np.array(0.1)), {}),
         (optimizers.sgd, (X[0, ::2], X[0, ::2], np.array(0.1)), {}),
         (optimizers.sgd, (X[0], X[0], np.array(0.1, "f4")), {}),
         (elementwise.scale, (X, X.astype("f8")), {}),

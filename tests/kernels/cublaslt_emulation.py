@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from tapegrad import _backend
-from tapegrad.kernels import cublaslt, gemm
+from tapegrad.kernels import cublaslt, gemm, small_gemm
 from tests.fake_cupy import FakeArray, device
 
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
@@ -85,11 +85,10 @@ def multiply(
     d: Matrix,
     *,
     tf32: bool = False,
-    bias: int | None = None,
-    relu: Callable[..., Any] | None = None,
+    finish: Callable[[Any, Any], Any] = lambda left, y: y,
     scales: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0),
 ) -> None:
-    """Do d = epilogue(op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
+    """Do d = finish(op(a), op(a) op(b)) as the documentation of cublasLtMatmul defines it."""
     left, right = a.view(), b.view()
     if tf32:
         left, right = rounded_to_tf32(left), rounded_to_tf32(right)
@@ -101,11 +100,25 @@ def multiply(
     y = alpha * (left.astype("f8") @ right.astype("f8"))
     if beta:  # else D may hold NaN
         y = y + beta * d.view().astype("f8")
-    if bias is not None:  # one value for each row of D
-        y = y + Matrix(bias, d.dtype, d.rows, 1, d.rows).view().astype("f8")
-    if relu is not None:
-        y = relu(y)
-    d.view()[...] = y.astype(d.dtype)
+    d.view()[...] = finish(left.astype("f8"), y).astype(d.dtype)
+
+
+def mask_bits(address: int, leading: int, d: Matrix) -> np.ndarray[Any, Any]:
+    """Return the bytes of a mask: one bit for each element of a column, from the lowest on."""
+    memory = (ctypes.c_char * (d.columns * leading // 8)).from_address(address)
+    return np.ndarray((d.columns, leading // 8), np.uint8, memory)
+
+
+def write_mask(bits: np.ndarray[Any, Any], passes: np.ndarray[Any, Any]) -> None:
+    """Write which elements (rows, columns) a ReLU lets pass; the padding stays as it is."""
+    padded = np.unpackbits(bits, axis=1, bitorder="little")
+    padded[:, : len(passes)] = passes.T
+    bits[...] = np.packbits(padded, axis=1, bitorder="little")
+
+
+def read_mask(bits: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    """Return which elements (rows, columns) a mask lets pass."""
+    return np.unpackbits(bits, axis=1, bitorder="little")[:, :rows].T.astype(bool)
 
 
 class FakeCublasLt:
@@ -114,12 +127,16 @@ class FakeCublasLt:
     found       how many algorithms there are; `algorithms` says it for one epilogue's number. A
                 status of failure is written with a minus.
     keeps_nan   whether the RELU epilogue keeps NaN; the real one is said not to.
+    marks_nan   whether the mask of a RELU_AUX epilogue lets NaN pass; marks_zero: or 0.
+    multiplies  whether the DRELU epilogue multiplies by the mask, so that NaN stays.
+    sums_in_type  whether the gradient of a bias is accumulated in its own type.
     failing     pairs (epilogue, algorithm) whose launch fails.
     unusable    algorithms that the heuristic and the check answer with a state of failure.
     """
 
     def __init__(self, *, found: int = 3, keeps_nan: bool = False, version: int = 131000) -> None:
         self.found, self.keeps_nan = found, keeps_nan
+        self.marks_nan = self.marks_zero = self.multiplies = self.sums_in_type = False
         self.algorithms: dict[int, int] = {}
         self.failing: set[tuple[int, int]] = set()
         self.unusable: set[int] = set()
@@ -162,7 +179,7 @@ class FakeCublasLt:
         self.objects[number].attributes[attribute] = int.from_bytes(
             ctypes.string_at(value, size), "little"
         )
-        if attribute == 8:  # the bias of a descriptor: let another thread in
+        if attribute in (8, 11):  # the bias, or the mask, of a descriptor: let another thread in
             time.sleep(self.pause)
         return SUCCESS
 
@@ -177,14 +194,17 @@ class FakeCublasLt:
         epilogue = self._epilogue(desc)
         preference = self.objects[pref].attributes
         self.preferences.append(preference)
+        attributes = self.objects[desc].attributes
         if epilogue != 1:
-            assert self.objects[desc].attributes[8], "the bias's address says how it is aligned"
+            assert attributes[8], "the bias's address says how it is aligned"
+        if epilogue & 128:
+            assert attributes[11], "the mask's address says how it is aligned"
         number = self.algorithms.get(epilogue, self.found)
         if number <= 0:
             return -number or UNSUPPORTED
         found[0] = min(count, number)
         for i in range(found[0]):
-            results[i].algorithm[:] = bytes([epilogue, i] + [0] * 62)
+            results[i].algorithm[:] = bytes([epilogue & 255, i, epilogue >> 8] + [0] * 61)
             results[i].workspace = min(i * 1024, preference[1])
             results[i].state = UNSUPPORTED if i in self.unusable else SUCCESS
         return SUCCESS
@@ -221,7 +241,8 @@ class FakeCublasLt:
         scales = lambda: (number.from_address(alpha).value, number.from_address(beta).value)
         assert on_device or scales() == (1.0, 0.0)
         assert (c, c_layout) == (d, d_layout)
-        epilogue, index = ctypes.string_at(algorithm, 2)
+        low, index, high = ctypes.string_at(algorithm, 3)
+        epilogue = low | high << 8
         assert epilogue == attributes[7], "an algorithm of another epilogue"
         needed = index * 1024
         assert size >= needed
@@ -229,7 +250,6 @@ class FakeCublasLt:
             ctypes.memset(workspace, 0xFF, size)  # it may hold anything afterwards
         if (epilogue, index) in self.failing:
             return FAILED
-        relu = np.maximum if self.keeps_nan else np.fmax
         matrices = [self._matrix(*m) for m in ((a, a_layout), (b, b_layout), (d, d_layout))]
         self.launches.append(
             types.SimpleNamespace(
@@ -239,19 +259,22 @@ class FakeCublasLt:
                 transposed=(attributes[3], attributes[4]),
             )
         )  # fmt: skip
-        bias = attributes[8] if epilogue & 4 else None
+        bias = attributes.get(8) if epilogue != 1 else None
+        mask = attributes[11] if epilogue & 128 else None
         with np.errstate(all="ignore"):
             launch = functools.partial(
                 multiply,
                 *(matrices[0], bool(attributes[3]), matrices[1], bool(attributes[4]), matrices[2]),
                 tf32=compute == 77,
-                bias=bias,
                 scales=scales,
-                relu=(lambda y: relu(y, 0)) if epilogue & 2 else None,
+                finish=self._finish(epilogue, matrices[2], bias, mask, attributes.get(12)),
             )
             touched = [m.on_device() for m in matrices]
             if bias is not None:
                 touched.append(Matrix(bias, matrices[2].dtype, matrices[2].rows, 1, 1).on_device())
+            if mask is not None:
+                row = attributes[12] // 8
+                touched.append(Matrix(mask, np.uint8, row, matrices[2].columns, row).on_device())
             if on_device:
                 kind = np.dtype(number)
                 touched += [Matrix(a, kind, 1, 1, 1).on_device() for a in (alpha, beta)]
@@ -259,6 +282,46 @@ class FakeCublasLt:
                 touched.append(Matrix(workspace, np.uint8, size, 1, size).on_device())
             device.kernel("cublasLtMatmul", lambda views: launch(), touched)
         return SUCCESS
+
+    def _finish(
+        self, epilogue: int, d: Matrix, bias: int | None, mask: int | None, leading: int | None
+    ) -> Callable[[Any, Any], Any]:
+        """Return what an epilogue does to a product, from op(A) and the product."""
+        relu = np.maximum if self.keeps_nan else np.fmax
+        beside = bits = np.empty(0)
+        if bias is not None:  # one value for each row of D
+            beside = Matrix(bias, d.dtype, d.rows, 1, d.rows).view()
+        if mask is not None:
+            assert leading is not None
+            assert leading % 128 == 0
+            assert leading >= d.rows
+            assert mask % 16 == 0
+            assert d.batch == 1
+            bits = mask_bits(mask, leading, d)
+        if epilogue & (16 | 256):
+            assert d.rows > 1, "refused by real ones"
+            assert d.columns > 1, "refused by real ones"
+
+        def finish(left: Any, y: Any) -> Any:
+            if epilogue & 4:
+                y = y + beside.astype("f8")
+            if epilogue & 2:
+                if mask is not None:
+                    passes = y[0] > 0
+                    passes |= self.marks_nan & np.isnan(y[0]) | self.marks_zero & (y[0] == 0)
+                    write_mask(bits, passes)
+                y = relu(y, 0)
+            if epilogue & 8:
+                passes = read_mask(bits, d.rows)
+                y = y * passes if self.multiplies else np.where(passes, y, 0)
+            if epilogue & (16 | 256):
+                terms = y if epilogue & 16 else left
+                if self.sums_in_type:
+                    terms = np.add.accumulate(terms.astype(d.dtype), 2)[..., -1:]
+                beside[...] = terms.sum(2, keepdims=True)
+            return y
+
+        return finish
 
 
 class FakeTimer:
@@ -287,22 +350,37 @@ def cublaslt_on_cpu(
     *,
     seconds: Callable[[int, int], float] = lambda epilogue, algorithm: 1.0 - epilogue / 1000,
     major: int = 9,
+    small: bool = False,
 ) -> Iterator[FakeCublasLt]:
     """Let products on `xp`, a stand-in for CuPy, go through a fake cuBLASLt; yield the fake.
 
     folder   where times are kept.
-    seconds  the time that a launch of (epilogue, algorithm) takes; (0, 0) is CuPy's own product.
+    seconds  the time that a launch of (epilogue, algorithm) takes; (0, 0) is CuPy's own product,
+             (-side, parts) our own kernel for small matrices.
+    small    whether there are such kernels; they need `kernels_on_cpu`.
     """
     fake = fake or FakeCublasLt()
     library = cublaslt.Library(fake)
     fake.timer = FakeTimer(fake, seconds)
     runtime = xp.cuda.runtime
     runtime.getDevice = lambda: 0
-    runtime.getDeviceProperties = lambda number: {"name": b"NVIDIA Fake", "major": major}
+    properties = {"name": b"NVIDIA Fake", "major": major, "multiProcessorCount": 132}
+    runtime.getDeviceProperties = lambda number: properties
     runtime.driverGetVersion = lambda: 13000
     captures = runtime.streamIsCapturing
     runtime.streamIsCapturing = lambda stream: fake.capturing or captures(stream)
+    small_product = small_gemm.product
+
+    def noted(xp: Any, variant: small_gemm.Variant, *arrays: Any, **after: Any) -> Any:
+        y = small_product(xp, variant, *arrays, **after)
+        key = {"epilogue": -variant.side, "algorithm": variant.parts}
+        fake.launches.append(types.SimpleNamespace(**key))
+        return y
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_gemm, "product", noted)
+        if not small:
+            patch.setattr(small_gemm, "variants", lambda x, w, multiprocessors: [])
         patch.setitem(sys.modules, "cupy", xp)
         patch.setenv("TAPEGRAD_CACHE", str(folder))
         patch.setattr(cublaslt, "load", lambda: (library, ""))

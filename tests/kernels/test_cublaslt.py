@@ -72,9 +72,11 @@ def test_descriptors(library, compute, scale, epilogue):
             DescriptorAttribute.TRANSPOSE_A: ctypes.c_int32(1),
             DescriptorAttribute.TRANSPOSE_B: ctypes.c_int32(0),
             DescriptorAttribute.EPILOGUE: ctypes.c_uint32(epilogue),
+            DescriptorAttribute.AUX_LEADING: ctypes.c_int64(1 << 33),
         },
     )
-    library.set_bias(made, 0x7F00_1234_5670)
+    library.set_pointer(made, DescriptorAttribute.BIAS_POINTER, 0x7F00_1234_5670)
+    library.set_pointer(made, DescriptorAttribute.AUX_POINTER, 0x7F00_1234_5680)
     for attribute, ctype, want in [
         (0, ctypes.c_int32, compute),  # CUBLASLT_MATMUL_DESC_COMPUTE_TYPE
         (1, ctypes.c_int32, scale),  # CUBLASLT_MATMUL_DESC_SCALE_TYPE
@@ -82,6 +84,8 @@ def test_descriptors(library, compute, scale, epilogue):
         (DescriptorAttribute.TRANSPOSE_B, ctypes.c_int32, 0),
         (DescriptorAttribute.EPILOGUE, ctypes.c_uint32, epilogue),
         (DescriptorAttribute.BIAS_POINTER, ctypes.c_void_p, 0x7F00_1234_5670),
+        (DescriptorAttribute.AUX_POINTER, ctypes.c_void_p, 0x7F00_1234_5680),
+        (DescriptorAttribute.AUX_LEADING, ctypes.c_int64, 1 << 33),
     ]:
         assert read_back(library, "MatmulDesc", made, attribute, ctype) == want
 
@@ -149,8 +153,8 @@ def test_the_structure_is_the_headers():
 
 def test_constants():
     """The header's numbers (cublasLt.h, cublas_api.h, library_types.h), copied once more."""
-    assert [*Epilogue] == [1, 4, 6]
-    assert [*DescriptorAttribute] == [2, 3, 4, 7, 8]
+    assert [*Epilogue] == [1, 4, 6, 6 | 128, 8 | 128 | 16, 256]
+    assert [*DescriptorAttribute] == [2, 3, 4, 7, 8, 11, 12]
     assert [*LayoutAttribute] == [5, 6]
     assert [*PreferenceAttribute] == [1, 3, 5, 6, 7, 8]
     assert [*Compute] == [68, 70, 77]

@@ -295,6 +295,101 @@ def test_what_the_library_refuses_is_no_candidate(xp, tmp_path):
             gemm.matmul(xp, *map(fake, LAYER[:2]))  # planned before; now it fails
 
 
+SMALL = [(-16, 1), (-32, 1), (-64, 1)]  # a layer as small as LAYER is not cut into parts
+
+
+@pytest.mark.parametrize("best", SMALL)
+def test_our_own_kernel_for_small_matrices(xp, tmp_path, best):
+    """With the bias and the ReLU inside; both may be transposed; NaN stays."""
+    x, w, b = integers(6, 5), integers(5, 8, seed=1), integers(8, seed=2)
+    x[1, 1] = np.nan
+    with (
+        cublaslt_on_cpu(
+            xp, tmp_path, seconds=lambda *key: 1 if key == best else 2, small=True
+        ) as made,
+        kernels_on_cpu(),
+    ):
+        for layout in (lambda a: a, lambda a: a.T.copy().T):
+            z = x @ w
+            for launcher, arrays, want in [
+                (gemm.matmul, (layout(x), w), z),
+                (gemm.matmul, (x, layout(w)), z),
+                (gemm.linear, (x, layout(w), b), z + b),
+                (linear_relu.linear_relu, (layout(x), w, b), np.maximum(z + b, 0)),
+            ]:
+                launched, y = chosen(xp, made, launcher, arrays)
+                assert launched == [best]
+                np.testing.assert_array_equal(y.get(), want)
+                for tried in made.timer.results:
+                    np.testing.assert_array_equal(tried.get()[2:], want[2:])
+                made.timer.results.clear()
+
+
+def test_small_matrices_in_parts(xp, tmp_path):
+    x, w, b = integers(20, 300), integers(300, 10, seed=1), integers(10, seed=2)
+    seconds = {(-32, 5): 1}
+    with (
+        cublaslt_on_cpu(xp, tmp_path, seconds=lambda *key: seconds.get(key, 2), small=True) as made,
+        kernels_on_cpu(),
+    ):
+        launched, y = chosen(xp, made, linear_relu.linear_relu, (x, w, b))
+        assert launched == [(-32, 5)]
+        np.testing.assert_array_equal(y.get(), np.maximum(x @ w + b, 0))
+
+
+def test_when_our_own_kernel_is_tried(xp, tmp_path, settings):
+    """In float32, where TF32 is allowed too; not where no timing may decide."""
+
+    def tried(*arrays):
+        before = len(made.timer.timed)
+        gemm.matmul(xp, *map(fake, arrays))
+        return [key for key in made.timer.timed[before:] if key[0] < 0]
+
+    x, w = integers(4, 3), integers(3, 5)
+    with cublaslt_on_cpu(xp, tmp_path, small=True) as made, kernels_on_cpu():
+        assert set(tried(x, w)) == set(SMALL)
+        assert tried(x, w) == []
+        settings(tf32=True)
+        assert set(tried(x, w)) == set(SMALL)
+        settings(tf32=False, deterministic=True)
+        assert tried(x, integers(3, 6)) == []
+        settings(deterministic=False)
+        for arrays in [
+            (x.astype("f8"), w.astype("f8")),
+            (x.astype("f2"), w.astype("f2")),
+            (integers(2, 4, 3), integers(2, 3, 5)),
+            (integers(4, 6)[:, :3], w),
+            (x.T.copy().T, w.T.copy().T),
+        ]:
+            assert tried(*arrays) == []
+            assert made.timer.timed
+
+
+def test_our_own_kernel_in_a_capture_and_from_the_file(tmp_path):
+    def seconds(epilogue, algorithm):
+        return {0: 1, -32: 2}.get(epilogue, 3)
+
+    for _ in range(2):
+        xp = FakeCupy()
+        with (
+            cublaslt_on_cpu(xp, tmp_path, seconds=seconds, small=True) as made,
+            kernels_on_cpu(),
+        ):
+            assert gemm.matmul(xp, *map(fake, LAYER[:2])) is None  # CuPy's own is the fastest
+            made.capturing = True
+            y = gemm.matmul(xp, *map(fake, LAYER[:2]))
+            np.testing.assert_array_equal(y.get(), LAYER[0] @ LAYER[1])
+            assert ways(made)[-1] == (-32, 1)
+    assert made.timer.timed == []
+    xp = FakeCupy()
+    with (
+        cublaslt_on_cpu(xp, tmp_path, seconds=seconds) as made,
+        pytest.warns(RuntimeWarning, match="is not of this device"),
+    ):
+        gemm.matmul(xp, *map(fake, LAYER[:2]))  # without such kernels the times are none
+    assert made.timer.timed
+
+
 def test_without_timing_the_first_algorithm_is_taken(xp, tmp_path, settings):
     settings(deterministic=True)
     seconds = timed(plain=[3, 1, 1], bias=[1, 1, 1], relu=[1, 1, 1], cupy=[1])

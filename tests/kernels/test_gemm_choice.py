@@ -157,16 +157,16 @@ def written(content):
 
 
 def file_of(**problems):
-    return {"format": 1, "device": DEVICE, "problems": problems}
+    return {"format": 2, "device": DEVICE, "problems": problems}
 
 
 DAMAGED = {
     "empty": written(""),
-    "half": written('{"format": 1, "dev'),
+    "half": written('{"format": 2, "dev'),
     "no object": written([1, 2]),
-    "another format": written(file_of() | {"format": 2}),
+    "another format": written(file_of() | {"format": 1}),
     "another device": written(file_of() | {"device": DEVICE | {"gpu": "NVIDIA A100"}}),
-    "no problems": written({"format": 1, "device": DEVICE}),
+    "no problems": written({"format": 2, "device": DEVICE}),
     "problems are a list": written(file_of() | {"problems": [1]}),
     "ways are a number": written(file_of(problem=1)),
     "an entry too short": written(file_of(problem={"plain": [1.0]})),

@@ -13,6 +13,7 @@ from tapegrad.kernels import (
     optimizers,
     random,
     scatter_add,
+    small_gemm,
     softmax_cross_entropy,
 )
 
@@ -86,6 +87,50 @@ def test_scatter_add():
         check_scatter_add()
 
 
+# 65535 tiles of 64 down, and so many columns that the end of x, of the gate and of y is past.
+PRODUCT_ROWS, PRODUCT_COLUMNS = 65535 * 64, 1032
+
+
+def check_small_gemm():
+    x, w = sparse(PRODUCT_ROWS, PRODUCT_COLUMNS), np.eye(PRODUCT_COLUMNS, dtype="f4")
+    y, gate = (sparse(PRODUCT_ROWS, PRODUCT_COLUMNS) for _ in range(2))
+    x[-4:, -4:] = gate[-4:, -4:] = corner_values()[:4, :4]
+    run_end(
+        *(small_gemm, "tapegrad_small_gemm<64, 8, true, false>", (17, 65535), (256,)),
+        *(x, w, y, None, gate, None, None),
+        *map(np.int32, (PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_COLUMNS, 1 << 20, 0, 7)),
+    )
+    np.testing.assert_array_equal(y[-4:, -4:], np.maximum(x[-4:, -4:], 0))
+
+
+def check_parts_of_small_gemm():
+    """The last part of an inner index so long that the end of both operands is past."""
+    x, w = (sparse(PRODUCT_ROWS, PRODUCT_COLUMNS) for _ in range(2))
+    x[-3:, -6:] = w[-3:, -6:] = 1
+    chunk = PRODUCT_ROWS // 4096 // 64 * 64
+    size = (17, 17, -(-PRODUCT_ROWS // chunk))
+    partial = sparse(size[2], PRODUCT_COLUMNS, PRODUCT_COLUMNS)
+    run_end(
+        *(small_gemm, "tapegrad_small_gemm<64, 8, false, false>", size, (256,)),
+        *(x, w, w, None, None, None, partial),
+        *map(np.int32, (PRODUCT_COLUMNS, PRODUCT_COLUMNS, PRODUCT_ROWS, chunk, 0, 0)),
+    )
+    np.testing.assert_array_equal(partial[-1, -6:, -6:], np.full((6, 6), 3.0))
+    y = sparse(PRODUCT_COLUMNS, PRODUCT_COLUMNS)
+    run_end(
+        *(small_gemm, "tapegrad_small_gemm_sum<1>", (33, 129), (32, 8)),
+        *(partial, y, None, None, None),
+        *map(np.int32, (size[2], PRODUCT_COLUMNS, PRODUCT_COLUMNS, 0)),
+    )
+    np.testing.assert_array_equal(y[-6:, -6:], np.full((6, 6), 3.0))
+
+
+@pytest.mark.parametrize("check", [check_small_gemm, check_parts_of_small_gemm])
+def test_small_gemm(check):
+    with kernels_on_cpu():
+        check()
+
+
 SHORT = ("short<float, 8, 1>", 250, 128, [np.int32(32)])
 LONG = ("long<float, 1>", 50001, 256, [])
 
@@ -115,6 +160,34 @@ def check_cross_entropy(form, columns, threads, lanes):
 def test_cross_entropy(case):
     with kernels_on_cpu():
         check_cross_entropy(*case)
+
+
+def check_slices_of_cross_entropy():
+    rows, columns, slices = 5, 2**30, 2**16
+    x, dx = sparse(rows, columns), sparse(rows, columns)
+    loss, labels = np.empty(rows, "f4"), np.full(rows, columns - 1)
+    x[-1, -1] = 30
+    parts = np.zeros((rows, slices, 4), "f4")
+    parts[-1, :, 1] = columns // slices  # of zeros: each the sum of exp(0 - 0)
+    sizes = (np.int32(columns), np.int32(columns // slices))
+    extra = (np.int32(8), np.int32(0), np.int64(0), np.float32(0), np.float32(1), None)
+    name = "tapegrad_label_cross_entropy"
+    run_end(
+        *(softmax_cross_entropy, f"{name}_scan<float, 1>", (slices, rows), (256,)),
+        *(x, labels, parts, *sizes, *extra),
+    )
+    run_end(
+        *(softmax_cross_entropy, f"{name}_finish<float, 1>", (slices, rows), (256,)),
+        *(x, labels, parts, loss, dx, *sizes, np.int32(slices), *extra),
+    )
+    log_sum = np.log(np.exp(30.0) + columns - 1)
+    np.testing.assert_allclose(dx[-1, -1], np.exp(30 - log_sum) - 1, 1e-3)
+    np.testing.assert_allclose(dx[-1, -2], np.exp(-log_sum), 1e-4)
+
+
+def test_slices_of_cross_entropy():
+    with kernels_on_cpu():
+        check_slices_of_cross_entropy()
 
 
 def check_sgd(width):
@@ -159,7 +232,35 @@ def check_short_cross_entropy():
     [
         ("xr = x + r * columns;", "xr = x + unsigned(r * columns);", check_long_cross_entropy),
         ("load<N>(x + r * columns", "load<N>(x + unsigned(r * columns)", check_short_cross_entropy),
+        (
+            "scan<N>(x + r * columns, target",
+            "scan<N>(x + unsigned(r * columns), target",
+            check_slices_of_cross_entropy,
+        ),
+        (
+            "write_gradient<N>(x + r * columns, dx",
+            "write_gradient<N>(x + unsigned(r * columns), dx",
+            check_slices_of_cross_entropy,
+        ),
+        (
+            "dx + r * columns, row, seen, begin",
+            "dx + unsigned(r * columns), row, seen, begin",
+            check_slices_of_cross_entropy,
+        ),
         ("load(const T *base, index_t pack)", "load(const T *base, unsigned pack)", check_sgd),
+        (
+            "index_t(o) * length + k : index_t(k)",
+            "unsigned(o) * length + k : index_t(k)",
+            check_small_gemm,
+        ),
+        (
+            "index_t(o) * length + k : index_t(k)",
+            "index_t(o) * length + k : unsigned(k)",
+            check_parts_of_small_gemm,
+        ),
+        ("first = index_t(r) * columns", "first = unsigned(r) * columns", check_small_gemm),
+        ("index_t(blockIdx.z) * height", "blockIdx.z * height", check_parts_of_small_gemm),
+        ("(index_t(part) * height", "(unsigned(part) * height", check_parts_of_small_gemm),
         ("out[index[i] * columns + c]", "out[unsigned(index[i] * columns + c)]", check_scatter_add),
         ("values[k * columns + c]", "values[int(k * columns + c)]", check_scatter_add),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ from tapegrad.kernels.softmax_cross_entropy import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_grad,
 )
+from tests.fake_cupy import FakeCupy
 
 
 def probability_meaning(x, q):
@@ -109,6 +111,71 @@ def test_many_classes():
     check(got, label_meaning(x, labels), "f4")
 
 
+@contextmanager
+def in_slices(of_bytes=64, multiprocessors=132):
+    """Let rows that are too long for the registers of a warp be cut into slices.
+
+    For blocks of two warps, since a sanitizer takes about a millisecond a thread.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MOST_THREADS", dict.fromkeys(_build.FLOATING, 64))
+        patch.setattr(module, "_SLICED_BYTES", 1)
+        patch.setattr(module, "_SLICE_BYTES", of_bytes)
+        patch.setattr(_build, "_H200_MULTIPROCESSORS", multiprocessors)
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("classes", [c for c in CLASSES if c > 1024])
+def test_several_blocks_for_a_row(classes, dtype):
+    """Two slices; more than a warp has lanes; a last one that is short."""
+    rows = 3
+    x, q = logits_of(rows, classes, dtype), probabilities_of(rows, classes, dtype)
+    x[1, 500:] += 20  # the largest is not in the first slice
+    labels = np.array([classes - 1, -100, 0])
+    weights = np.linspace(0, 1.5, classes).astype(dtype)
+    read_only(x, q, labels, weights)
+    for multiprocessors in (7, 132):
+        with in_slices(multiprocessors=multiprocessors), kernels_on_cpu():
+            for smoothing, w in itertools.product((0.0, 0.1), (None, weights)):
+                options = {"label_smoothing": smoothing, "ignore_label": -100}
+                want = label_meaning(x, labels, smoothing, -100, w)
+                got = softmax_cross_entropy_with_grad(np, x, labels, w, **options)
+                check(got, want, dtype)
+                loss = softmax_cross_entropy(np, x, labels.astype("i4"), w, **options)
+                np.testing.assert_array_equal(loss, got[0])
+            got = probability_cross_entropy_with_grad(np, x, q)
+            check(got, probability_meaning(x, q), dtype)
+            np.testing.assert_array_equal(probability_cross_entropy(np, x, q), got[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "slices"),
+    [
+        ((4, 131072), "f4", 32),  # 16 KiB each
+        ((4, 131072), "f2", 16),
+        ((1, 1 << 22), "f4", 132),  # as many as multiprocessors
+        ((66, 131072), "f4", 2),
+        ((67, 131072), "f4", 1),
+        ((4, 16384), "f4", 4),
+        ((4, 16383), "f4", 0),
+        ((133, 131072), "f4", 0),
+    ],
+)
+def test_when_a_row_is_cut(shape, dtype, slices):
+    assert module._slices(np, np.empty(shape, dtype)) == slices
+
+
+def test_the_device_says_how_many_multiprocessors_it_has(monkeypatch):
+    monkeypatch.setattr(_build, "_multiprocessors", {})
+    xp = FakeCupy()
+    xp.cuda.runtime.getDevice = lambda: 3
+    xp.cuda.runtime.getDeviceProperties = lambda number: {"multiProcessorCount": 20 + number}
+    assert [_build.multiprocessors(xp) for _ in range(2)] == [23, 23]
+    xp.cuda.runtime.getDevice = lambda: 1
+    assert _build.multiprocessors(xp) == 21
+
+
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 257])
 def test_rows_around_the_edges_of_a_block(rows):
     x, labels = logits_of(rows, 10, "f4"), np.arange(rows) % 10
@@ -133,16 +200,21 @@ def test_more_rows_than_blocks_in_a_launch(monkeypatch):
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_under_sanitizers(mode):
     with kernels_on_cpu(mode):
-        for rows, classes in [(3, 10), (3, 12), (2, 257), (2, 1025), (1, 1028)]:
+        for rows, classes, multiprocessors in [
+            *[(3, 10, 0), (3, 12, 0), (2, 257, 0), (2, 1025, 0), (1, 1028, 0)],
+            *[(2, 1025, 5), (1, 1028, 3)],  # in slices
+        ]:
             x = logits_of(rows, classes, "f4")
             labels, q = np.full(rows, classes - 1), probabilities_of(rows, classes, "f4")
             weights = np.linspace(0, 1.5, classes).astype("f4")
-            got = softmax_cross_entropy_with_grad(
-                np, *read_only(x, labels, weights), label_smoothing=0.1, ignore_label=None
-            )
-            check(got, label_meaning(x, labels, 0.1, weights=weights), "f4")
-            got = probability_cross_entropy_with_grad(np, *read_only(x, q))
-            check(got, probability_meaning(x, q), "f4")
+            read_only(x, labels, weights, q)
+            with in_slices(multiprocessors=multiprocessors):
+                got = softmax_cross_entropy_with_grad(
+                    np, x, labels, weights, label_smoothing=0.1, ignore_label=None
+                )
+                check(got, label_meaning(x, labels, 0.1, weights=weights), "f4")
+                got = probability_cross_entropy_with_grad(np, x, q)
+                check(got, probability_meaning(x, q), "f4")
 
 
 @pytest.mark.parametrize("classes", [12, 300, 1028])
@@ -171,14 +243,16 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", list(ROWS))
-@pytest.mark.parametrize("length", [4, 1028, 1029])
+@pytest.mark.parametrize(
+    ("length", "multiprocessors"), [(4, 0), (1028, 0), (1029, 0), (1028, 3), (1029, 70)]
+)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_special_logits(row, length, dtype):
-    """The same in the short form and in the long one, where the row's pattern repeats."""
+def test_special_logits(row, length, multiprocessors, dtype):
+    """In the short form, and where the row's pattern repeats the long one, also in slices."""
     x = np.resize(np.array(ROWS[row], dtype), (1, length))
     if dtype == "f8":
         x[abs(x) == LARGE] *= 1e266
-    with kernels_on_cpu():
+    with kernels_on_cpu(), in_slices(multiprocessors=multiprocessors):
         for label in range(4):
             labels = np.array([label])
             for smoothing in (0.0, 0.1):
@@ -196,14 +270,14 @@ def test_special_logits(row, length, dtype):
             assert np.isfinite(got[1]).all()
 
 
-@pytest.mark.parametrize("length", [10, 1030])
+@pytest.mark.parametrize(("length", "multiprocessors"), [(10, 0), (1030, 0), (1030, 20)])
 @pytest.mark.parametrize("label_dtype", ["i4", "i8"])
-def test_labels_that_are_no_class_and_ignored_rows(length, label_dtype):
+def test_labels_that_are_no_class_and_ignored_rows(length, multiprocessors, label_dtype):
     wrong = [-1, length, 2**31 - 1, -(2**31)] + [2**40, -(2**63)] * (label_dtype == "i8")
     x = logits_of(len(wrong) + 2, length, "f4")
     x[-1] = np.nan
     labels = np.array([*wrong, 3, -7], label_dtype)
-    with kernels_on_cpu("asan"):
+    with kernels_on_cpu("asan"), in_slices(multiprocessors=multiprocessors):
         for smoothing in (0.0, 0.1):
             loss, dlogits = softmax_cross_entropy_with_grad(
                 np, x, labels, label_smoothing=smoothing, ignore_label=-7
@@ -215,13 +289,13 @@ def test_labels_that_are_no_class_and_ignored_rows(length, label_dtype):
             check((loss, dlogits), label_meaning(x, labels, smoothing, -7), "f4")
 
 
-@pytest.mark.parametrize("length", [4, 1028])
-def test_a_target_of_zero_counts_exactly_zero(length):
+@pytest.mark.parametrize(("length", "multiprocessors"), [(4, 0), (1028, 0), (1028, 6)])
+def test_a_target_of_zero_counts_exactly_zero(length, multiprocessors):
     x = np.full((2, length), -np.inf, "f4")
     x[:, 0] = [2.0, np.nan]
     q = np.zeros_like(x)
     q[0, 0] = 2.0  # not normalised: the gradient is softmax * 2 - q
-    with kernels_on_cpu():
+    with kernels_on_cpu(), in_slices(multiprocessors=multiprocessors):
         loss, dlogits = probability_cross_entropy_with_grad(np, x, q)
     np.testing.assert_array_equal(loss, [0, 0])  # a row without target: 0, whatever the logits
     np.testing.assert_array_equal(dlogits[0], 0)
@@ -234,16 +308,20 @@ def test_small_loss_of_large_logits_keeps_its_digits():
         loss = softmax_cross_entropy(np, x, np.array([0]), label_smoothing=0.0, ignore_label=None)
         np.testing.assert_allclose(loss, np.log(2), 1e-6)
         wide = np.full((1, 2000), 3e5, "f4")
-        loss = probability_cross_entropy(np, wide, np.full_like(wide, 1 / 2000))
-        np.testing.assert_allclose(loss, np.log(2000), 1e-6)
+        for multiprocessors in (0, 9):
+            with in_slices(multiprocessors=multiprocessors):
+                loss = probability_cross_entropy(np, wide, np.full_like(wide, 1 / 2000))
+            np.testing.assert_allclose(loss, np.log(2000), 1e-6)
 
 
-@pytest.mark.parametrize("classes", [10, 300, 3000])
-def test_same_bits_in_every_order_of_threads(classes):
+@pytest.mark.parametrize(
+    ("classes", "multiprocessors"), [(10, 0), (300, 0), (3000, 0), (3000, 400)]
+)
+def test_same_bits_in_every_order_of_threads(classes, multiprocessors):
     x, labels = logits_of(9, classes, "f4"), np.arange(9)
     bits = set()
     for order in (0, 1, 7):
-        with kernels_on_cpu(order=order):
+        with kernels_on_cpu(order=order), in_slices(multiprocessors=multiprocessors):
             loss, dlogits = softmax_cross_entropy_with_grad(
                 np, x, labels, label_smoothing=0.1, ignore_label=None
             )
@@ -315,13 +393,22 @@ def test_too_many_columns_decline(monkeypatch):
     ("mode", "was", "now"),
     [
         # the barrier between a warp's part and its readers, and the one before the next row
-        ("tsan", "masses[warp] = mass;\n    __syncthreads();", "masses[warp] = mass;"),
+        ("tsan", "costs[warp] = seen.cost;\n  __syncthreads();", "costs[warp] = seen.cost;"),
         ("tsan", "    __syncthreads();  // before the next row", "    // before the next row"),
-        ("tsan", "costs[warp] = cost;\n      __syncthreads();", "costs[warp] = cost;"),
+        (
+            "tsan",
+            "seen = lanes_seen(seen);\n  if (lane == 0)",
+            "seen = lanes_seen(seen);\n  if (1)",
+        ),
         ("asan", "packs = r < rows ? columns / N : 0;", "packs = columns / N + 1;"),
         ("asan", "if (counts && class_weights &&", "if (class_weights &&"),
         ("asan", "label >= 0 && label < columns", "label >= 0 && label <= columns"),
-        ("asan", "const int packs = columns / N;", "const int packs = columns / N + 1;"),
+        ("asan", "scan<N>(xr, row, 0, columns / N)", "scan<N>(xr, row, 0, columns / N + 1)"),
+        ("asan", "row, seen, 0, columns / N)", "row, seen, 0, columns / N + 1)"),
+        ("asan", "slice < slices; slice += kWarp", "slice <= slices; slice += kWarp"),
+        ("asan", "parts[r * gridDim.x + blockIdx.x] = seen", "parts[(r + 1) * gridDim.x] = seen"),
+        ("tsan", "if (threadIdx.x == 0) parts[", "if (threadIdx.x < 2) parts["),
+        ("tsan", "row, seen, begin, end);", "row, seen, 0, end);"),
     ],
 )
 def test_planted_faults_are_found(mode, was, now, monkeypatch):
@@ -330,11 +417,14 @@ def test_planted_faults_are_found(mode, was, now, monkeypatch):
     def run_everything():
         x, weights = logits_of(3, 12, "f4"), np.ones(12, "f4")
         options = {"label_smoothing": 0.0, "ignore_label": 5}
+        plain = {"label_smoothing": 0.0, "ignore_label": None}
         softmax_cross_entropy_with_grad(np, x, np.array([5, 1, 12]), weights, **options)
         for x, label in [(logits_of(2, 1025, "f4"), 1025), (logits_of(1, 10, "f4"), 10)]:
             labels = np.full(len(x), label)
-            softmax_cross_entropy_with_grad(np, x, labels, label_smoothing=0.0, ignore_label=None)
+            softmax_cross_entropy_with_grad(np, x, labels, **plain)
             probability_cross_entropy_with_grad(np, x, x)
+        with in_slices(multiprocessors=5):
+            softmax_cross_entropy_with_grad(np, logits_of(2, 1025, "f4"), np.zeros(2, int), **plain)
 
     with (
         kernels_on_cpu(mode, change=(was, now)),
