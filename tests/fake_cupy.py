@@ -317,6 +317,9 @@ class Graph:
             node.launch()
 
 
+WAITING = {"argsort", "nonzero", "sort"}  # what CuPy waits for: Thrust's sorts, and counts
+
+
 class Device:
     """The state of the device and of the threads that use it."""
 
@@ -395,6 +398,8 @@ class Device:
 
     def call(self, name, function, args, options=None, writes=None):
         """Launch `function(*args, **options)`; `writes` are the arrays that it writes, if any."""
+        if name in WAITING:
+            self.wait_for_host(self.stream)
         inputs = []
         template = _taken((args, options or {}), inputs)
 

@@ -218,6 +218,7 @@ def test_gradients_stay_in_range() -> None:
         assert "a CUDA graph of" in f.explain_program()
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be replayed as a CUDA graph")
 @pytest.mark.parametrize("update", ["assign", "assign_add", "assign_sub"])
 def test_parts_that_are_assigned(update: str) -> None:
     mine, other = (tg.Variable(np.zeros((4, 2), "f4")) for _v in range(2))
@@ -227,10 +228,10 @@ def test_parts_that_are_assigned(update: str) -> None:
         f(tg.constant(i), x)
         getattr(other[tg.constant(i)], update)(x)
         assert_same(mine, other)
-    assert "a CUDA graph of" in f.explain_program()
-    f(tg.constant([0, 1, 4]), x)
-    with pytest.raises(IndexError, match=r"\[assign.*size 4"):
-        mine.numpy()
+    before = mine.numpy()
+    with pytest.raises(IndexError, match=rf"^\[{update}\] index out of bounds .* size 4"):
+        f(tg.constant([0, 1, 4]), x)
+    np.testing.assert_array_equal(mine.numpy(), before)
 
 
 def test_several_steps_a_launch() -> None:

@@ -179,7 +179,10 @@ def test_gradient_factor(cupy: ModuleType, dtype: Any, sizes: list[int]) -> None
     np.testing.assert_array_equal(host(p)[0], np.full(9, -0.25))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 32, 1), (257, 8, 1000), (3000, 129, 9)], ids=str)
+SCATTERED = [(1, 1, 1), (33, 32, 1), (257, 8, 1000), (3000, 129, 9), (40_000, 2, 30_000)]
+
+
+@pytest.mark.parametrize("shape", SCATTERED, ids=str)
 @DTYPES
 def test_scatter_add(cupy: ModuleType, shape: tuple[int, int, int], dtype: Any) -> None:
     count, columns, rows = shape

@@ -74,10 +74,10 @@ def test_linear_relu_grad():
 def check_scatter_add():
     values, out = sparse(ROWS, COLUMNS), sparse(ROWS, COLUMNS)
     values[CORNER] = corner_values()
-    index = np.arange(ROWS)
+    index, link = np.arange(ROWS), np.full(ROWS, ROWS)
     run_end(
         *(scatter_add, "tapegrad_scatter_add<float>", GRID, BLOCK),
-        *(values, index, index, out, np.int64(ROWS), np.int32(COLUMNS)),
+        *(values, index, link, out, np.int64(ROWS), np.int32(COLUMNS)),
     )
     np.testing.assert_array_equal(out[CORNER], corner_values())
 
@@ -261,12 +261,8 @@ def check_short_cross_entropy():
         ("first = index_t(r) * columns", "first = unsigned(r) * columns", check_small_gemm),
         ("index_t(blockIdx.z) * height", "blockIdx.z * height", check_parts_of_small_gemm),
         ("(index_t(part) * height", "(unsigned(part) * height", check_parts_of_small_gemm),
-        ("out[row * columns + c]", "out[unsigned(row * columns + c)]", check_scatter_add),
-        (
-            "values[order[k] * columns + c]",
-            "values[int(order[k] * columns + c)]",
-            check_scatter_add,
-        ),
+        ("out[index[i] * columns + c]", "out[unsigned(index[i] * columns + c)]", check_scatter_add),
+        ("values[k * columns + c]", "values[int(k * columns + c)]", check_scatter_add),
     ],
 )
 def test_offsets_of_32_bits_are_found(was, now, check):

@@ -8,8 +8,17 @@ import pytest
 from cpu_cuda import MODES, KernelError
 from cpu_kernels import kernels_on_cpu, read_only
 
+from tapegrad.kernels import _build
 from tapegrad.kernels import scatter_add as module
 from tapegrad.kernels.scatter_add import scatter_add
+
+
+@pytest.fixture(params=["pairs", "sorted"], autouse=True)
+def way(request, monkeypatch):
+    """How equal entries are found."""
+    if request.param == "sorted":
+        monkeypatch.setattr(module, "_FEW", 0)
+    return request.param
 
 
 def meaning(values, index, rows):
@@ -117,19 +126,31 @@ def test_too_many_columns_decline(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "was", "now"),
+    ("way", "mode", "was", "now"),
     [
         # two threads that believe they start the same run
-        ("tsan", "index[order[i - 1]] == row) continue;", "i % 2 == 0) continue;"),
-        ("asan", "if (c >= columns) return;", "if (c > columns) return;"),
-        ("asan", "k < count && index", "index"),
-        ("fast", "index_t k = i;", "index_t k = i + 1;"),
+        ("pairs", "tsan", "first = first && start + k >= i;", ""),
+        ("sorted", "tsan", "p == 0 || index[order[p - 1]] != mine", "p % 2 == 0"),
+        ("pairs", "tsan", "    __syncthreads();\n    for", "    for"),
+        ("pairs", "asan", "threadIdx.x < length", "true"),
+        ("pairs", "asan", "i < count ? index[i] : 0", "index[i]"),
+        ("sorted", "asan", "p + 1 < count && ", ""),
+        ("pairs", "asan", "if (c >= columns) return;", "if (c > columns) return;"),
+        ("pairs", "fast", " && next == count", ""),
+        ("sorted", "fast", "index_t k = i;", "index_t k = link[i];"),
     ],
+    indirect=["way"],
 )
-def test_planted_faults_are_found(mode, was, now):
+def test_planted_faults_are_found(way, mode, was, now, monkeypatch):
     values, index = np.ones((9, 3), "f4"), np.repeat([0, 1, 2], 3)
-    with (
-        kernels_on_cpu(mode, change=(was, now)),
-        pytest.raises((KernelError, AssertionError), match=r"race|AddressSanitizer|not equal"),
-    ):
+    with kernels_on_cpu(mode, change=(was, now)):
+        faulty = _build.raw_module
+    with kernels_on_cpu(mode):
+        plain = _build.raw_module
+
+    def build(*, code, **arguments):  # of the two sources one has the fault
+        return (faulty if was in code else plain)(code=code, **arguments)
+
+    monkeypatch.setattr(_build, "raw_module", build)
+    with pytest.raises((KernelError, AssertionError), match=r"race|AddressSanitizer|not equal"):
         np.testing.assert_array_equal(scatter_add(np, values, index, 3), meaning(values, index, 3))
