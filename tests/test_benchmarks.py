@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import subprocess
 import sys
@@ -385,3 +386,29 @@ def test_an_exponent_is_a_slope_over_the_largest_sizes() -> None:
     points: list[Any] = [(x, 7 * x**1.5) for x in (4, 8, 16)]
     assert math.isclose(exponent(points), 1.5)
     assert math.isclose(exponent([(1, 1e9), *points]), 1.5)
+
+
+TRITON = """
+import numpy as np
+from benchmarks.peers.numpy_by_hand import NumPyByHand
+from benchmarks.peers.triton import Triton
+
+for kind, sizes in [
+    ("softmax_cross_entropy", {"rows": 7, "classes": 10}),
+    ("softmax_cross_entropy", {"rows": 5, "classes": 33}),
+    ("bias_relu", {"rows": 130, "columns": 9}),
+    ("bias_relu", {"rows": 3, "columns": 1500}),
+    ("adam_update", {"size": 3000}),
+]:
+    got, want = (getattr(p("eager", "cpu"), kind)(**sizes).result() for p in (Triton, NumPyByHand))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+assert Triton("eager", "cpu").copy(5000).result() == [1.0, 0.0]
+"""
+
+
+def test_triton_agrees_with_the_program_by_hand() -> None:
+    """By its interpreter, which needs no GPU."""
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", TRITON], check=True, env=environment, timeout=300)

@@ -95,6 +95,7 @@ COLUMNS = {
         ),
         Column("torch-graph", "PyTorch, CUDA graph", "torch", "torch", "graph", "gpu"),
         Column("jax", "JAX jit", "jax", "jax"),
+        Column("triton", "Triton", "triton", "triton", device="gpu"),
         Column("tensorflow-eager", "TensorFlow", "tensorflow", "tensorflow"),
         Column("tensorflow-function", "tf.function", "tensorflow", "tensorflow", "function"),
         Column("tensorflow-xla", "tf.function, XLA", "tensorflow", "tensorflow", "xla"),

@@ -151,4 +151,5 @@ PROGRAMS = {
 }
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs are born deaf to it
     PROGRAMS[sys.argv[1]]()
