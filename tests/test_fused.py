@@ -157,7 +157,7 @@ def test_weighted_label_cross_entropy(n, classes, smoothing, kernels, monkeypatc
 @pytest.mark.parametrize("debug", [False, True])
 def test_labels_that_are_no_class(weights, debug, monkeypatch):
     """A kernel gives such a row the loss NaN and no gradient; in debug mode that is an error."""
-    monkeypatch.setattr(type(tg.config), "debug", debug)
+    monkeypatch.setattr(tg.config, "debug", debug)
     x, labels = tg.Variable(normal(3, 4, dtype="float32")), tg.constant([1, 4, -7])
 
     def run():

@@ -202,7 +202,7 @@ def test_in_debug_mode_a_compiled_step_checks_its_labels(monkeypatch: pytest.Mon
     """Before anything is written: its operations are launched one by one."""
     net = Net(products=True)
     run(net, True, 6)
-    monkeypatch.setattr(type(tg.config), "debug", True)
+    monkeypatch.setattr(tg.config, "debug", True)
     before = [x.tobytes() for x in net.state()[:4]]
     wrong = tg.constant(np.full(16, 4))
     with pytest.raises(ValueError, match="labels must be from 0 to 3, got 4"):
