@@ -77,10 +77,9 @@ _make_tuple = tuple.__new__
 _SCALARS = frozenset((np.float16, np.float32, np.float64))
 
 
-def _spec(x: Tensor) -> Tensor | Spec:
-    """Return what a node keeps of a Tensor that no rule reads; one number is no more than that."""
+def _spec(x: Tensor) -> Spec:
     array = x._array
-    return _make_tuple(Spec, (x.id, array.shape, array.dtype)) if array.ndim else x
+    return _make_tuple(Spec, (x.id, array.shape, array.dtype))
 
 
 def _node(
@@ -93,7 +92,7 @@ def _node(
     count = len(inputs)
     known = primitive.saved.get((mask, count))
     dropped, keep_output = primitive.saved_for(mask, count) if known is None else known
-    saved = inputs
+    saved = inputs  # a Tensor of one number is no more than its Spec: it stays
     if dropped:
         saved = list(inputs)
         for i in dropped:

@@ -9,6 +9,7 @@ patterns    what people write by hand, found and replaced by the fused primitive
 algebra     small identities;
 chains      on a GPU, elementwise steps gathered into one kernel each;
 updates     on a GPU, weights that the product of their gradient updates;
+epilogues   on a GPU, products that do what comes after them: masks of ReLUs, sums of columns;
 layout      how values of small networks are stored.
 gradients   which are computed where an optimiser gathers them.
 lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
@@ -21,6 +22,7 @@ lookups     on a GPU: indices that a program computes, kept in range; who tells 
 device      their launching, one by one or as a CUDA graph.
 graphs      the capture of CUDA graphs, and their memory.
 checking    a function and its replay, run from the same state and compared.
+matching    whether a call has the signature of the one before.
 dispatch    signatures, programs, when to record and when to replay.
 """
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import itertools
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -69,6 +70,15 @@ class Matrix(NamedTuple):
         memory = (ctypes.c_char * (last * size)).from_address(self.address)
         shape = self.batch, self.rows, self.columns
         return np.ndarray(shape, self.dtype, memory, 0, self._strides())
+
+
+def on_threads(work: Callable[[int], None]) -> None:
+    """Run `work(number)` on four threads at once, and wait for them."""
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def rounded_to_tf32(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 import warnings
 
 import ml_dtypes
 import numpy as np
 import pytest
 from cpu_kernels import kernels_on_cpu
-from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake
+from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake, on_threads
 
 import tapegrad as tg
 from tapegrad.kernels import cublaslt, epilogues, gemm, gemm_plan
@@ -375,11 +374,7 @@ def test_threads_do_not_take_each_others_mask(xp, tmp_path):
                 if not all(map(np.array_equal, got, want)):
                     wrong.append(number)
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        on_threads(work)
     assert wrong == []
 
 

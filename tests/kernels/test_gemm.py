@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import threading
 
 import ml_dtypes
 import numpy as np
 import pytest
 from cpu_kernels import kernels_on_cpu
-from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake
+from cublaslt_emulation import FakeCublasLt, cublaslt_on_cpu, fake, on_threads
 
 import tapegrad as tg
 from tapegrad.kernels import cublaslt, gemm, linear_relu
@@ -528,11 +527,7 @@ def test_threads_do_not_take_each_others_bias(xp, lt):
             if not np.array_equal(y, x @ w + b):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(work)
     assert wrong == []
     assert lt.launches[-1].epilogue == BIAS
 

@@ -75,6 +75,24 @@ def check(got, want, dtype):
         np.testing.assert_allclose(array.astype("f8"), reference, tolerance, 0.1 * tolerance)
 
 
+def check_labels(x, labels, weights, dtype):
+    """Compare loss and gradient with the meaning; the loss alone must be the same."""
+    for smoothing, w in itertools.product((0.0, 0.1), (None, weights)):
+        options = {"label_smoothing": smoothing, "ignore_label": -100}
+        want = label_meaning(x, labels, smoothing, -100, w)
+        got = softmax_cross_entropy_with_grad(np, x, labels, w, **options)
+        check(got, want, dtype)
+        loss = softmax_cross_entropy(np, x, labels.astype("i4"), w, **options)
+        np.testing.assert_array_equal(loss, got[0])
+
+
+def check_probabilities(x, q, dtype):
+    """Compare loss and gradient with the meaning; the loss alone must be the same."""
+    got = probability_cross_entropy_with_grad(np, x, q)
+    check(got, probability_meaning(x, q), dtype)
+    np.testing.assert_array_equal(probability_cross_entropy(np, x, q), got[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_labels(classes, dtype):
@@ -85,13 +103,7 @@ def test_labels(classes, dtype):
     weights = np.linspace(0, 1.5, classes).astype(dtype)
     read_only(x, labels, weights)
     with kernels_on_cpu():
-        for smoothing, w in itertools.product((0.0, 0.1), (None, weights)):
-            options = {"label_smoothing": smoothing, "ignore_label": -100}
-            want = label_meaning(x, labels, smoothing, -100, w)
-            got = softmax_cross_entropy_with_grad(np, x, labels, w, **options)
-            check(got, want, dtype)
-            loss = softmax_cross_entropy(np, x, labels.astype("i4"), w, **options)
-            np.testing.assert_array_equal(loss, got[0])
+        check_labels(x, labels, weights, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
@@ -99,9 +111,7 @@ def test_labels(classes, dtype):
 def test_probabilities(classes, dtype):
     x, q = read_only(logits_of(5, classes, dtype), probabilities_of(5, classes, dtype))
     with kernels_on_cpu():
-        got = probability_cross_entropy_with_grad(np, x, q)
-        check(got, probability_meaning(x, q), dtype)
-        np.testing.assert_array_equal(probability_cross_entropy(np, x, q), got[0])
+        check_probabilities(x, q, dtype)
 
 
 def test_many_classes():
@@ -137,16 +147,8 @@ def test_several_blocks_for_a_row(classes, dtype):
     read_only(x, q, labels, weights)
     for multiprocessors in (7, 132):
         with in_slices(multiprocessors=multiprocessors), kernels_on_cpu():
-            for smoothing, w in itertools.product((0.0, 0.1), (None, weights)):
-                options = {"label_smoothing": smoothing, "ignore_label": -100}
-                want = label_meaning(x, labels, smoothing, -100, w)
-                got = softmax_cross_entropy_with_grad(np, x, labels, w, **options)
-                check(got, want, dtype)
-                loss = softmax_cross_entropy(np, x, labels.astype("i4"), w, **options)
-                np.testing.assert_array_equal(loss, got[0])
-            got = probability_cross_entropy_with_grad(np, x, q)
-            check(got, probability_meaning(x, q), dtype)
-            np.testing.assert_array_equal(probability_cross_entropy(np, x, q), got[0])
+            check_labels(x, labels, weights, dtype)
+            check_probabilities(x, q, dtype)
 
 
 @pytest.mark.parametrize(
