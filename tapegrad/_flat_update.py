@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,18 +20,21 @@ class FlatUpdate(Update):
 
     rule     what is done with a block.
     numbers  what the rule needs, of the hyper-parameters: Python numbers, or a device's arrays.
+    of_step  gives, of the same, a function of the step count, for the numbers that change with it:
+             they come last, and the count is the first setting.
 
-    One setting more than `numbers` takes is a factor for the gradient. Parameters go to the rule,
-    but for those that `numbers` takes by name.
+    One setting more than these take is a factor for the gradient. Parameters go to the rule, but
+    for those that `numbers` takes by name.
     """
 
-    __slots__ = ("named", "numbers", "rule", "settings")
+    __slots__ = ("_named", "numbers", "of_step", "rule", "settings")
 
     def __init__(
         self,
         name: str,
         rule: Callable[..., None],
         numbers: Callable[..., tuple[Any, ...]],
+        of_step: Callable[..., Callable[[Any], tuple[Any, ...]]] | None = None,
         *,
         writes: int,
         kernel: Callable[..., Any],
@@ -40,30 +42,37 @@ class FlatUpdate(Update):
         super().__init__(name, self._forward, writes=writes, kernel=kernel)
         self.rule = rule
         self.numbers = numbers
+        self.of_step = of_step
         code = numbers.__code__
-        self.settings = code.co_argcount
-        self.named = code.co_varnames[self.settings :][: code.co_kwonlyargcount]
+        self.settings = code.co_argcount + (of_step is not None)
+        self._named = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]
 
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
         arrays, settings = inputs[: self.writes + 1], inputs[self.writes + 1 :]
         g = arrays[-1]
         wide = computed_in(g.dtype)
         settings, factors = settings[: self.settings], settings[self.settings :]
-        formula, params = self.formula(params)
+        if xp is np:  # asking for a device's values would wait for it: it computes where they are
+            settings = tuple([x.item() for x in settings])
+        units, params = self.split(params)
+        if self.of_step is None:
+            found = self.numbers(*settings, **units)
+        else:
+            changing = self.of_step(*settings[1:], **units)(settings[0])
+            found = (*self.numbers(*settings[1:], **units), *changing)
         if xp is np:  # a ufunc takes an array without axes in two thirds of the time of a scalar
-            numbers = [np.array(k, wide) for k in formula(*[x.item() for x in settings])]
-        else:  # computed where they are: asking for their values would wait for the device
-            numbers = [k.astype(wide) for k in formula(*settings)]
+            numbers = [np.array(k, wide) for k in found]
+        else:
+            numbers = [k.astype(wide) for k in found]
         factor = factors[0].astype(wide) if factors else None
         self.update_blocks(xp, arrays, spares(xp, g.size, wide), numbers, factor, **params)
 
-    def formula(self, params: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Return the numbers as a function of the settings alone, and the rule's parameters."""
-        own = {name: params[name] for name in self.named if name in params}
-        if not own:
-            return self.numbers, params
-        rest = {name: value for name, value in params.items() if name not in own}
-        return functools.partial(self.numbers, **own), rest
+    def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the parameters that `numbers` takes, and those that the rule does."""
+        if not params:
+            return params, params
+        own = {name: value for name, value in params.items() if name in self._named}
+        return own, {name: value for name, value in params.items() if name not in own}
 
     def update_blocks(
         self,

@@ -35,7 +35,7 @@ _ALIGNMENT = 256
 # An update is a rule on blocks of flat arrays, in place: `rule(xp, *arrays, spare, *numbers)`, with
 # scratch of a block's size and numbers of the arrays' type (a wider type would promote). Its
 # numbers come from the hyper-parameters, 0-d float64 arrays, and `step`, a 0-d int64 array: a
-# compiled program reads them anew in every call.
+# compiled program looks in every call whether they are what they were.
 #
 # A moving average `a = keep * a + (1 - keep) * x` may be kept as a / unit, where the unit is what
 # 1 - keep was at first: then x is added as it is, and a pass over memory is saved for each average.
@@ -138,7 +138,6 @@ def _rmsprop_rule(
 
 
 def _adam_numbers(
-    step: int,
     learning_rate: float,
     beta_1: float,
     beta_2: float,
@@ -148,18 +147,27 @@ def _adam_numbers(
     unit_of_m: float = 1.0,
     unit_of_v: float = 1.0,
 ) -> tuple[float, ...]:
+    take_m, take_v = (1 - beta_1) / unit_of_m, (1 - beta_2) / unit_of_v
+    return beta_1, take_m, beta_2, take_v, 1 - learning_rate * weight_decay
+
+
+def _adam_numbers_of_step(
+    learning_rate: float,
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+    weight_decay: float,
+    *,
+    unit_of_m: float = 1.0,
+    unit_of_v: float = 1.0,
+) -> Callable[[int], tuple[float, ...]]:
     # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
     # the root: two passes over memory fewer.
-    root = _square_root((1 - beta_2**step) / unit_of_v)
-    return (
-        beta_1,
-        (1 - beta_1) / unit_of_m,
-        beta_2,
-        (1 - beta_2) / unit_of_v,
-        learning_rate * root * (unit_of_m / (1 - beta_1**step)),
-        epsilon * root,
-        1 - learning_rate * weight_decay,
-    )
+    def at(step: int) -> tuple[float, ...]:
+        root = _square_root((1 - beta_2**step) / unit_of_v)
+        return learning_rate * root * (unit_of_m / (1 - beta_1**step)), epsilon * root
+
+    return at
 
 
 def _square_root(x: Any) -> Any:
@@ -178,9 +186,9 @@ def _adam_rule(
     take_m: Any,
     keep_v: Any,
     take_v: Any,
+    shrink: Any,
     rate: Any,
     eps: Any,
-    shrink: Any,
 ) -> None:
     _average(xp, m, g, spare, keep_m, take_m)
     xp.multiply(g, g, spare)
@@ -201,7 +209,9 @@ adagrad_update = FlatUpdate(
 rmsprop_update = FlatUpdate(
     "rmsprop", _rmsprop_rule, _rmsprop_numbers, writes=2, kernel=kernels.rmsprop
 )
-adam_update = FlatUpdate("adam", _adam_rule, _adam_numbers, writes=3, kernel=kernels.adam)
+adam_update = FlatUpdate(
+    "adam", _adam_rule, _adam_numbers, _adam_numbers_of_step, writes=3, kernel=kernels.adam
+)
 
 
 def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...]) -> None:
@@ -348,6 +358,15 @@ class _Group:
         return part * self.units[name] if name in self.units else part
 
 
+def _put_in_a_row(variables: list[Variable]) -> None:
+    """Let 0-d Variables lie side by side: one look tells a program whether any has changed."""
+    if variables and variables[0].backend == "numpy":
+        row = np.array([v._array for v in variables])
+        buffer = Buffer(row)
+        for i, v in enumerate(variables):
+            v._place(buffer, row[i, ...])
+
+
 class Optimizer:
     """What the optimisers share: hyper-parameters, flat buffers, one update for all variables.
 
@@ -392,6 +411,7 @@ class Optimizer:
             self._hyperparameters[key] = Variable(
                 value, trainable=False, dtype=np.float64, name=f"{self.name}/{key}"
             )
+        _put_in_a_row(list(self._hyperparameters.values()))
         self._iterations = Variable(0, trainable=False, name=f"{self.name}/iterations")
         # What every gradient is multiplied by, where the settings ask for it.
         self._factor = (

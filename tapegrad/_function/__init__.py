@@ -12,7 +12,8 @@ updates     on a GPU, weights that the product of their gradient updates;
 epilogues   on a GPU, products that do what comes after them: masks of ReLUs, sums of columns;
 layout      how values of small networks are stored.
 gradients   which are computed where an optimiser gathers them.
-lowering    steps as calls of NumPy into planned memory; numpy_calls has the table of them.
+lowering    steps as calls of NumPy into planned memory: numpy_calls, softmax_calls and update_calls
+            say by which.
 blocks      runs of elementwise calls on large arrays, block by block over threads.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.

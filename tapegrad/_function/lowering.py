@@ -83,6 +83,11 @@ class Place:
         return self.array
 
 
+def static(array: Array) -> Place:
+    """Return the place of an array that is there before the program runs."""
+    return Place("static", array.shape, array.dtype, array=array)
+
+
 class Fresh:
     """Makes arrays that a caller gets; a large one is used again once nobody holds it any more.
 

@@ -6,7 +6,6 @@ meaning makes new arrays. What is not in the table is computed by its meaning.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,8 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._blocks import BLOCK
-from tapegrad._flat_update import FlatUpdate, computed_in, spares
-from tapegrad._function.blocks import SoftmaxCrossEntropy
 from tapegrad._function.layout import joined
-from tapegrad._function.lowering import Lowering, Place, lowers
+from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
 from tapegrad._index import SLOT
 from tapegrad.linear import by_product
@@ -622,16 +618,12 @@ def _matmul(b: Lowering, step: Step) -> bool:
     pair = b.layout.pairs.get(step)
     if pair is not None and b.is_one_product(pair):
         full = b.extended[pair.activation]
-        b.call("dot", _static(full), b.of(pair.upstream), _static(b.joined_destination(pair)))
+        b.call("dot", static(full), b.of(pair.upstream), static(b.joined_destination(pair)))
         b.set(y, b.destinations[y])
         return True
     places = b.of(x1), b.of(x2)
     _multiply_matrices(b, _product(x1, x2, y), *places, b.out(step))
     return True
-
-
-def _static(array: Array) -> Place:
-    return Place("static", array.shape, array.dtype, array=array)
 
 
 def _multiply_matrices(b: Lowering, product: str, left: Place, right: Place, out: Place) -> None:
@@ -666,256 +658,14 @@ def _linear(b: Lowering, step: Step) -> bool:
     if x in b.extended and both is not None and out.kind != "local":
         full = b.extended[x]
         if out.turned or _is_turned(out):
-            b.call("dot", _static(both.T), _static(full), b.turned(out))
+            b.call("dot", static(both.T), static(full), b.turned(out))
         else:
-            b.call("dot", _static(full.T), _static(both), out)
+            b.call("dot", static(full.T), static(both), out)
     else:
         _multiply_matrices(b, product, places[0], places[1], out)
         b.call("add", out, places[2], out)
     if step.name == "linear_relu":
         b.call("maximum", out, _zeros(b, y), out)
-    return True
-
-
-# ---- softmax and its losses
-
-
-@lowers("softmax")
-def _softmax(b: Lowering, step: Step) -> bool:
-    x = step.inputs[0]
-    axis = step.params["axis"]
-    top = b.arena(
-        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
-    )
-    place = b.of(x)
-    out = b.out(step, x)
-    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
-    b.call("subtract", place, top, out)
-    b.call("exp", out, out)
-    b.line("add_reduce({}, {}, None, {}, True)", out, axis, top)
-    b.call("divide", out, top, out)
-    return True
-
-
-@lowers("log_softmax")
-def _log_softmax(b: Lowering, step: Step) -> bool:
-    x = step.inputs[0]
-    axis = step.params["axis"]
-    top = b.arena(
-        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
-    )
-    spare = b.arena(x.shape, x.dtype)
-    place = b.of(x)
-    out = b.out(step, x)
-    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
-    b.call("subtract", place, top, out)
-    b.call("exp", out, spare)
-    b.line("add_reduce({}, {}, None, {}, True)", spare, axis, top)
-    b.call("log", top, top)
-    b.call("subtract", out, top, out)
-    return True
-
-
-@lowers("label_cross_entropy", "label_cross_entropy_with_grad")
-def _label_cross_entropy(b: Lowering, step: Step) -> bool:
-    logits, labels = step.inputs
-    n, classes = logits.shape
-    if (
-        step.params["label_smoothing"]
-        or step.params["ignore_label"] is not None
-        or logits.dtype.char not in "fd"
-        or labels.dtype != np.int64
-        or not n
-    ):
-        return False
-    dtype = logits.dtype
-    with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
-    if with_grad and step.outputs[1] in b.layout.feature_major:
-        return _feature_major_cross_entropy(b, step)
-    x, t = b.of(logits), b.of(labels)
-    if logits.size >= _BY_ROWS:
-        return _cross_entropy_by_rows(b, step, x, t, with_grad)
-    top = b.arena((n, 1), dtype)
-    shifted = b.arena((n, classes), dtype)
-    index = b.arena((n,), np.int64)
-    picked = b.arena((n,), dtype)
-    starts = Place("static", (n,), np.int64, array=np.arange(n) * classes)
-    loss = b.out(step)
-    p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
-    flat_shifted = b.view(shifted, (n * classes,), _reshaper((n * classes,)))
-    flat_top = b.view(top, (n,), _reshaper((n,)))
-    b.call("check_labels", t, classes)
-    b.line("maximum_reduce({}, 1, None, {}, True)", x, top)
-    b.call("subtract", x, top, shifted)
-    b.call("exp", shifted, p)
-    b.line("add_reduce({}, 1, None, {}, True)", p, top)
-    b.call("add", t, starts, index)
-    b.line("{}.take({}, None, {}, 'clip')", flat_shifted, index, picked)
-    b.call("log", flat_top, loss)
-    b.call("subtract", loss, picked, loss)
-    if with_grad:
-        b.call("divide", p, top, p)
-        b.line("one_less({}, {}, {})", p, index, picked)
-    # A row of -inf alone, or one with a NaN: the meaning says what they give.
-    _by_meaning_if_nan(b, step, top, loss, p if with_grad else None)
-    return True
-
-
-def _by_meaning_if_nan(b: Lowering, step: Step, seen: Place, loss: Place, p: Place | None) -> None:
-    """Let a cross-entropy's meaning write its loss and its gradient where `seen` holds a NaN."""
-    x, t = map(b.of, step.inputs)
-    meaning = b.meaning(step)
-    if len(step.outputs) == 1:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})", seen, loss, meaning, x, t)
-    elif p is not None:
-        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", seen, loss, p, meaning, x, t)
-    else:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", seen, loss, meaning, x, t)
-
-
-# Elements from which a pass over memory costs more than the calls of its blocks.
-_BY_ROWS = 1 << 17
-
-
-def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_grad: bool) -> bool:
-    logits = step.inputs[0]
-    n, classes = logits.shape
-    loss = b.out(step)
-    factor, p = None, None
-    scaled = _the_scaling_of(b, step.outputs[1]) if with_grad else None
-    if scaled is not None:
-        factor = scaled.inputs[0].source._array.reshape(-1)[0]
-        p = b.out(scaled)
-        b.done.add(scaled)
-    elif with_grad:
-        p = b.out(step, position=1)
-    exact = not b.layout.active
-    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor, exact)
-    b.call("check_labels", t, classes)
-    b.bound(work, x, t, loss, p)
-    return True
-
-
-def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
-    """Return the step that multiplies a gradient by one number, if nothing else uses it."""
-    users = b.users.get(x, [])
-    if len(users) != 1 or users[0].name not in ("scale", "multiply") or b.uses(x) != 1:
-        return None
-    g, d = users[0].inputs
-    if d is not x or type(g) is not Value or g.kind != "constant" or not g.size:
-        return None
-    array = np.asarray(g.source._array)
-    same = users[0].outputs[0].shape == x.shape and g.dtype == x.dtype
-    return users[0] if same and (array == array.flat[0]).all() and array.flat[0] != 0 else None
-
-
-def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
-    """Let everything run along contiguous rows: one row for each class.
-
-    Exponents are taken relative to the label's logit, not to the largest: then the loss is the
-    logarithm of their sum, and a reduction is saved. A logit 88 above the label's overflows; what
-    comes out is NaN, which sends the call the careful way.
-    """
-    logits, labels = step.inputs
-    loss = step.outputs[0]
-    n, classes = logits.shape
-    x = b.of(logits)
-    if x.kind == "local":
-        return False
-    total_step = _the_sum_of(b, loss)
-    scaled = _the_scaling_of(b, step.outputs[1])
-    factor = 1.0 if scaled is None else float(scaled.inputs[0].source._array.reshape(-1)[0])
-    if scaled is None or math.frexp(factor)[0] != 0.5:  # else 1 / factor is exact
-        scaled, factor = None, 1.0
-    else:
-        b.done.add(scaled)
-    b.speculates = True
-    dtype = logits.dtype
-    t = b.of(labels)
-    z = b.turned(x)
-    out = b.turned(b.out(step, position=1) if scaled is None else b.out(scaled))
-    hot, shifted = (b.arena((classes, n), dtype) for _ in range(2))
-    sums = b.arena((classes + 1, n), dtype)
-    each, once = b.view(sums, (classes, n), lambda a: a[:-1]), b.view(sums, (n,), lambda a: a[-1])
-    log_total = b.arena((n,), dtype)
-    # The negative ones are the largest as unsigned numbers.
-    bounded, last = b.arena((n,), np.uint64), _number(classes - 1, np.uint64)
-    b.line(
-        "if minimum({}.view(uint64), {}, out={}).tobytes() != {}.tobytes(): wrong_labels({}, {})",
-        t,
-        last,
-        bounded,
-        t,
-        t,
-        classes,
-    )
-    # A product with a square of ones sums over the classes and spreads the sum over them: half the
-    # time of calls that reduce and broadcast. The gradient's factor comes with it.
-    square = np.full((classes + 1, classes), 1 / factor, dtype)
-    square[-1] = 1
-    one_hot = np.eye(classes, dtype=dtype) * dtype.type(factor)
-    b.line("{}({}, 1, {}, 'clip')", one_hot.take, t, hot)
-    b.call("multiply", z, hot, shifted)
-    b.call("dot", _static(square[:-1]), shifted, each)
-    b.call("subtract", z, each, shifted)
-    b.call("exp", shifted, out)
-    b.call("dot", _static(square), out, sums)
-    b.call("divide", out, each, out)
-    b.call("subtract", out, hot, out)
-    b.line("log({}, {})", once, log_total)
-    if total_step is not None:
-        y = total_step.outputs[0]
-        place = b.local((), dtype)
-        b.line("{} = {}.dot({})", place, log_total, _static(np.ones(n, dtype)))
-        b.line("{} -= {} - {}", place, place, place)
-        b.set(y, place)
-        b.done.add(total_step)
-        b.set(loss, log_total)
-        return True
-    zero = b.view(hot, (n,), lambda a: a[0])
-    b.line("subtract({}, {}, {})", log_total, log_total, zero)
-    b.line("subtract({}, {}, {})", log_total, zero, b.out(step))
-    return True
-
-
-def _the_sum_of(b: Lowering, x: Value) -> Step | None:
-    """Return the step that sums a vector, if nothing else uses it."""
-    users = b.users.get(x, [])
-    if len(users) == 1 and users[0].name == "sum" and b.uses(x) == 1:
-        step = users[0]
-        if not step.outputs[0].shape and step.params["dtype"] is None:
-            return step
-    return None
-
-
-@lowers("probability_cross_entropy", "probability_cross_entropy_with_grad")
-def _probability_cross_entropy(b: Lowering, step: Step) -> bool:
-    logits, targets = step.inputs
-    n, classes = logits.shape
-    dtype = logits.dtype
-    if dtype.char not in "fd" or targets.dtype != dtype or not n:
-        return False
-    with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
-    x, t = b.of(logits), b.of(targets)
-    total, log_total = b.arena((n, 1), dtype), b.arena((n, 1), dtype)
-    shifted = b.arena((n, classes), dtype)
-    loss = b.out(step)
-    p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
-    b.line("maximum_reduce({}, 1, None, {}, True)", x, total)
-    b.call("subtract", x, total, shifted)
-    b.call("exp", shifted, p)
-    b.line("add_reduce({}, 1, None, {}, True)", p, total)
-    b.call("log", total, log_total)
-    b.call("subtract", log_total, shifted, shifted)
-    b.call("multiply", t, shifted, shifted)
-    b.line("add_reduce({}, 1, None, {})", shifted, loss)
-    if with_grad:
-        b.line("add_reduce({}, 1, None, {}, True)", t, log_total)
-        b.call("divide", log_total, total, total)
-        b.call("multiply", p, total, p)
-        b.call("subtract", p, t, p)
-    # A target of 0 beside a logit of -inf, a row of -inf alone or a NaN: as the meaning says.
-    _by_meaning_if_nan(b, step, loss, loss, p if with_grad else None)
     return True
 
 
@@ -939,7 +689,7 @@ def _one_hot(b: Lowering, step: Step) -> bool:
     x, classes = b.of(index), np.arange(step.params["depth"])
     chosen = b.like(y, False, np.dtype(np.bool_))
     out = b.out(step)
-    b.line("equal({}[..., None], {}, {})", x, _static(classes), chosen)
+    b.line("equal({}[..., None], {}, {})", x, static(classes), chosen)
     b.line("{}[...] = {}", out, chosen)
     return True
 
@@ -1006,129 +756,3 @@ def _gather(b: Lowering, step: Step) -> bool:
             continue  # it was computed there
         b.line("{}[...] = {}", Place("static", x.shape, x.dtype, array=part), place)
     return True
-
-
-@lowers("flat_update")
-def _flat_update(b: Lowering, step: Step) -> bool:
-    """Write an optimiser's update: its numbers first, then its rule on the blocks."""
-    update = step.primitive
-    assert isinstance(update, FlatUpdate)
-    g, *settings = step.inputs
-    if len(settings) > update.settings:  # the gradient has a factor
-        return False
-    dtype = step.writes[0].dtype
-    places = [*(Place("static", v.shape, dtype, array=v._array) for v in step.writes), b.of(g)]
-    if places[-1].kind != "static":
-        return False
-    arrays = [place.bind() for place in places]
-    formula, params = update.formula(step.params)
-    hyperparameters = [b.memory_of(x) for x in settings]
-    known = [1 if x.dtype.kind == "i" else 0.5 for x in settings]
-    if all(place.kind == "static" for place in hyperparameters):
-        now = [place.array.item() for place in hyperparameters]
-        known = [max(x, 1) if type(x) is int else x for x in now]  # a step that was taken
-    wide = computed_in(dtype)
-    numbers = [np.array(number, wide) for number in formula(*known)]
-    take = _Numbers(formula, numbers)
-    scratch = spares(np, g.size, wide)
-    if g.size > BLOCK or dtype != wide:
-        b.bound(take, *hyperparameters)
-        rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers, **params)
-        b.bound(_named(step.name, rule))
-        return True
-    spare = scratch[0][: g.size]
-    rule = functools.partial(update.rule, np, *arrays, spare, *numbers, **params)
-    calls = _calls_of(update.rule, [*arrays, spare], numbers, params)
-    if calls is None:
-        b.bound(take, *hyperparameters)
-        b.bound(_named(step.name, rule))
-        return True
-    texts, operands = zip(*calls, strict=True)
-    b.line(
-        f"if {{}}({', '.join(['{}'] * len(settings))}): {{}}()\nelse:\n    " + "\n    ".join(texts),
-        take,
-        *hyperparameters,
-        _named(step.name, rule),
-        *[_static(array) for given in operands for array in given],
-    )
-    return True
-
-
-def _calls_of(
-    rule: Callable[..., None],
-    arrays: list[Array],
-    numbers: list[Array],
-    params: dict[str, Any],
-) -> list[tuple[str, list[Array]]] | None:
-    """Return the calls of ufuncs that a rule makes for numbers like these, if it makes no others.
-
-    Written out they take 0.7 us less than the rule's own Python.
-    """
-    told: list[tuple[str, list[Array]]] = []
-    try:
-        rule(np, *[_Told(array, told) for array in arrays], *numbers, **params)
-    except _NoUfunc:
-        return None
-    return told
-
-
-class _NoUfunc(Exception):
-    """A rule does something with its arrays beside giving them to ufuncs."""
-
-
-class _Told:
-    """Stands for an array, and notes the ufuncs that it is given to."""
-
-    def __init__(self, array: Array, told: list[tuple[str, list[Array]]]) -> None:
-        self._shown, self._notes = array, told
-
-    def __array_ufunc__(
-        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
-    ) -> Any:
-        if method != "__call__" or options or len(out) != 1:
-            raise _NoUfunc
-        operands = [x._shown if type(x) is _Told else x for x in (*inputs, *out)]
-        self._notes.append((f"{ufunc.__name__}({', '.join(['{}'] * len(operands))})", operands))
-        return out[0]
-
-    def __getattr__(self, name: str) -> Any:
-        raise _NoUfunc
-
-
-class _Numbers:
-    """Sets the numbers of an update from the hyper-parameters, in every call.
-
-    Tells whether another one of them is 0 or 1 now: a rule may do something else then.
-    """
-
-    __name__ = "numbers"
-
-    def __init__(self, formula: Callable[..., tuple[float, ...]], arrays: list[Array]) -> None:
-        self._formula = formula
-        self._arrays = arrays
-        self._last: tuple[float, ...] = (math.nan,) * len(arrays)
-        self._special = [_special(array) for array in arrays]
-        self._special_at_first = list(self._special)
-
-    def __call__(self, *settings: Any) -> bool:
-        numbers = self._formula(*[x.item() for x in settings])
-        last = self._last
-        if numbers != last:
-            for i, number in enumerate(numbers):
-                if number != last[i]:
-                    array = self._arrays[i]
-                    array[()] = number
-                    self._special[i] = _special(array)
-            self._last = numbers
-        return self._special != self._special_at_first
-
-
-def _special(array: Array) -> Any:
-    """Return a number if it is 0 or 1 in its own type, else None."""
-    value = array.item()
-    return value if value == 0 or value == 1 else None
-
-
-def _named(name: str, function: Any) -> Any:
-    function.__name__ = name
-    return function

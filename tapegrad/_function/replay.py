@@ -16,6 +16,8 @@ from tapegrad._backend import Array
 from tapegrad._function import (
     numpy_calls,  # noqa: F401  fills the table of lowerings
     simplify,
+    softmax_calls,  # noqa: F401  likewise
+    update_calls,  # noqa: F401  likewise
 )
 from tapegrad._function.blocks import in_blocks
 from tapegrad._function.layout import Layout

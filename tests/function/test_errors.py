@@ -47,7 +47,14 @@ def test_an_error_before_the_first_write_leaves_the_state():
     for _ in range(4):
         compiled(x, LABELS)
     before = numbers([*state, tg.random.default_generator().counter])
-    for wrong in ([0, 1, 3], [0, -1, 2]):
+    for wrong in (
+        [0, 1, 3],
+        [0, -1, 2],
+        [200, 0, 0],
+        [0, 2, 1 << 8],
+        [-(1 << 63), 1, 0],
+        [1 << 40, 1, 0],
+    ):
         with pytest.raises(
             ValueError, match=r"\[label_cross_entropy.*\] labels must be from 0 to 2"
         ):

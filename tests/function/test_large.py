@@ -10,7 +10,7 @@ import pytest
 
 import tapegrad as tg
 from tapegrad import _blocks, _flat_update
-from tapegrad._function import blocks, lowering, numpy_calls
+from tapegrad._function import blocks, lowering, softmax_calls, update_calls
 from tests.cases import CASES
 from tests.function import test_operations
 from tests.function.compiled import assert_same, rewritten
@@ -20,11 +20,11 @@ from tests.function.test_random_programs import compare
 
 @pytest.fixture(params=["blocks", "blocks over threads"])
 def everything_is_large(request, monkeypatch):
-    for module in (blocks, _blocks, _flat_update, numpy_calls):
+    for module in (blocks, _blocks, _flat_update, update_calls):
         monkeypatch.setattr(module, "BLOCK", 8)
     monkeypatch.setattr(blocks, "_LARGE", 1)
     monkeypatch.setattr(lowering, "_RECYCLED", 1)
-    monkeypatch.setattr(numpy_calls, "_BY_ROWS", 1)
+    monkeypatch.setattr(softmax_calls, "_BY_ROWS", 1)
     if request.param == "blocks over threads":
         monkeypatch.setattr(_blocks, "_THREADS_FROM", 16)
         monkeypatch.setattr(_blocks, "_THREADS", 3)

@@ -1,0 +1,247 @@
+"""How softmax and its cross-entropies become calls of NumPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tapegrad._backend import Array
+from tapegrad._function.blocks import SoftmaxCrossEntropy
+from tapegrad._function.lowering import Lowering, Place, lowers, static
+from tapegrad._function.program import Step, Value
+
+
+@lowers("softmax")
+def _softmax(b: Lowering, step: Step) -> bool:
+    x = step.inputs[0]
+    axis = step.params["axis"]
+    top = b.arena(
+        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
+    )
+    place = b.of(x)
+    out = b.out(step, x)
+    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
+    b.call("subtract", place, top, out)
+    b.call("exp", out, out)
+    b.line("add_reduce({}, {}, None, {}, True)", out, axis, top)
+    b.call("divide", out, top, out)
+    return True
+
+
+@lowers("log_softmax")
+def _log_softmax(b: Lowering, step: Step) -> bool:
+    x = step.inputs[0]
+    axis = step.params["axis"]
+    top = b.arena(
+        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
+    )
+    spare = b.arena(x.shape, x.dtype)
+    place = b.of(x)
+    out = b.out(step, x)
+    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
+    b.call("subtract", place, top, out)
+    b.call("exp", out, spare)
+    b.line("add_reduce({}, {}, None, {}, True)", spare, axis, top)
+    b.call("log", top, top)
+    b.call("subtract", out, top, out)
+    return True
+
+
+def _flat(array: Array) -> Array:
+    return array.reshape(-1)
+
+
+@lowers("label_cross_entropy", "label_cross_entropy_with_grad")
+def _label_cross_entropy(b: Lowering, step: Step) -> bool:
+    logits, labels = step.inputs
+    n, classes = logits.shape
+    if (
+        step.params["label_smoothing"]
+        or step.params["ignore_label"] is not None
+        or logits.dtype.char not in "fd"
+        or labels.dtype != np.int64
+        or not n
+    ):
+        return False
+    dtype = logits.dtype
+    with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
+    if with_grad and step.outputs[1] in b.layout.feature_major:
+        return _feature_major_cross_entropy(b, step)
+    x, t = b.of(logits), b.of(labels)
+    if logits.size >= _BY_ROWS:
+        return _cross_entropy_by_rows(b, step, x, t, with_grad)
+    top = b.arena((n, 1), dtype)
+    shifted = b.arena((n, classes), dtype)
+    index = b.arena((n,), np.int64)
+    picked = b.arena((n,), dtype)
+    starts = Place("static", (n,), np.int64, array=np.arange(n) * classes)
+    loss = b.out(step)
+    p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
+    flat_shifted = b.view(shifted, (n * classes,), _flat)
+    flat_top = b.view(top, (n,), _flat)
+    b.call("check_labels", t, classes)
+    b.line("maximum_reduce({}, 1, None, {}, True)", x, top)
+    b.call("subtract", x, top, shifted)
+    b.call("exp", shifted, p)
+    b.line("add_reduce({}, 1, None, {}, True)", p, top)
+    b.call("add", t, starts, index)
+    b.line("{}.take({}, None, {}, 'clip')", flat_shifted, index, picked)
+    b.call("log", flat_top, loss)
+    b.call("subtract", loss, picked, loss)
+    if with_grad:
+        b.call("divide", p, top, p)
+        b.line("one_less({}, {}, {})", p, index, picked)
+    # A row of -inf alone, or one with a NaN: the meaning says what they give.
+    _by_meaning_if_nan(b, step, top, loss, p if with_grad else None)
+    return True
+
+
+def _by_meaning_if_nan(b: Lowering, step: Step, seen: Place, loss: Place, p: Place | None) -> None:
+    """Let a cross-entropy's meaning write its loss and its gradient where `seen` holds a NaN."""
+    x, t = map(b.of, step.inputs)
+    meaning = b.meaning(step)
+    if len(step.outputs) == 1:
+        b.line("if holds_nan({}): {}[...] = {}({}, {})", seen, loss, meaning, x, t)
+    elif p is not None:
+        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", seen, loss, p, meaning, x, t)
+    else:
+        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", seen, loss, meaning, x, t)
+
+
+# Elements from which a pass over memory costs more than the calls of its blocks.
+_BY_ROWS = 1 << 17
+
+
+def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_grad: bool) -> bool:
+    logits = step.inputs[0]
+    n, classes = logits.shape
+    loss = b.out(step)
+    factor, p = None, None
+    scaled = _the_scaling_of(b, step.outputs[1]) if with_grad else None
+    if scaled is not None:
+        factor = scaled.inputs[0].source._array.reshape(-1)[0]
+        p = b.out(scaled)
+        b.done.add(scaled)
+    elif with_grad:
+        p = b.out(step, position=1)
+    exact = not b.layout.active
+    work = SoftmaxCrossEntropy((n, classes), logits.dtype, b.meaning(step), factor, exact)
+    b.call("check_labels", t, classes)
+    b.bound(work, x, t, loss, p)
+    return True
+
+
+def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
+    """Return the step that multiplies a gradient by one number, if nothing else uses it."""
+    users = b.users.get(x, [])
+    if len(users) != 1 or users[0].name not in ("scale", "multiply") or b.uses(x) != 1:
+        return None
+    g, d = users[0].inputs
+    if d is not x or type(g) is not Value or g.kind != "constant" or not g.size:
+        return None
+    array = np.asarray(g.source._array)
+    same = users[0].outputs[0].shape == x.shape and g.dtype == x.dtype
+    return users[0] if same and (array == array.flat[0]).all() and array.flat[0] != 0 else None
+
+
+def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
+    """Let everything run along contiguous rows: one row for each class.
+
+    Exponents are taken relative to the label's logit, not to the largest: then the loss is the
+    logarithm of their sum, and a reduction is saved. A logit 88 above the label's overflows; what
+    comes out is NaN, which sends the call the careful way.
+    """
+    logits, labels = step.inputs
+    loss = step.outputs[0]
+    n, classes = logits.shape
+    x = b.of(logits)
+    if x.kind == "local":
+        return False
+    total_step = _the_sum_of(b, loss)
+    scaled = _the_scaling_of(b, step.outputs[1])
+    factor = 1.0 if scaled is None else float(scaled.inputs[0].source._array.reshape(-1)[0])
+    if scaled is None or math.frexp(factor)[0] != 0.5:  # else 1 / factor is exact
+        scaled, factor = None, 1.0
+    else:
+        b.done.add(scaled)
+    b.speculates = True
+    dtype = logits.dtype
+    t = b.of(labels)
+    z = b.turned(x)
+    out = b.turned(b.out(step, position=1) if scaled is None else b.out(scaled))
+    hot, shifted = (b.arena((classes, n), dtype) for _ in range(2))
+    sums = b.arena((classes + 1, n), dtype)
+    each, once = b.view(sums, (classes, n), lambda a: a[:-1]), b.view(sums, (n,), lambda a: a[-1])
+    log_total = b.arena((n,), dtype)
+    # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
+    b.line("if not {}.tobytes().isascii(): wrong_labels({}, {})", t, t, classes)
+    # A product with a square of ones sums over the classes and spreads the sum over them: half the
+    # time of calls that reduce and broadcast. The gradient's factor comes with it.
+    square = np.full((classes + 1, classes), 1 / factor, dtype)
+    square[-1] = 1
+    one_hot = np.eye(classes, classes + 1, dtype=dtype) * dtype.type(factor)
+    one_hot[:, classes] = math.nan  # of a label that is too large: the careful way tells
+    b.line("{}({}, 1, {}, 'clip')", one_hot.take, t, hot)
+    b.call("multiply", z, hot, shifted)
+    b.call("dot", static(square[:-1]), shifted, each)
+    b.call("subtract", z, each, shifted)
+    b.call("exp", shifted, out)
+    b.call("dot", static(square), out, sums)
+    b.call("divide", out, each, out)
+    b.call("subtract", out, hot, out)
+    b.line("log({}, {})", once, log_total)
+    if total_step is not None:
+        y = total_step.outputs[0]
+        place = b.local((), dtype)
+        b.line("{} = {}.dot({})", place, log_total, static(np.ones(n, dtype)))
+        b.line("{} -= {} - {}", place, place, place)
+        b.set(y, place)
+        b.done.add(total_step)
+        b.set(loss, log_total)
+        return True
+    zero = b.view(hot, (n,), lambda a: a[0])
+    b.line("subtract({}, {}, {})", log_total, log_total, zero)
+    b.line("subtract({}, {}, {})", log_total, zero, b.out(step))
+    return True
+
+
+def _the_sum_of(b: Lowering, x: Value) -> Step | None:
+    """Return the step that sums a vector, if nothing else uses it."""
+    users = b.users.get(x, [])
+    if len(users) == 1 and users[0].name == "sum" and b.uses(x) == 1:
+        step = users[0]
+        if not step.outputs[0].shape and step.params["dtype"] is None:
+            return step
+    return None
+
+
+@lowers("probability_cross_entropy", "probability_cross_entropy_with_grad")
+def _probability_cross_entropy(b: Lowering, step: Step) -> bool:
+    logits, targets = step.inputs
+    n, classes = logits.shape
+    dtype = logits.dtype
+    if dtype.char not in "fd" or targets.dtype != dtype or not n:
+        return False
+    with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
+    x, t = b.of(logits), b.of(targets)
+    total, log_total = b.arena((n, 1), dtype), b.arena((n, 1), dtype)
+    shifted = b.arena((n, classes), dtype)
+    loss = b.out(step)
+    p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
+    b.line("maximum_reduce({}, 1, None, {}, True)", x, total)
+    b.call("subtract", x, total, shifted)
+    b.call("exp", shifted, p)
+    b.line("add_reduce({}, 1, None, {}, True)", p, total)
+    b.call("log", total, log_total)
+    b.call("subtract", log_total, shifted, shifted)
+    b.call("multiply", t, shifted, shifted)
+    b.line("add_reduce({}, 1, None, {})", shifted, loss)
+    if with_grad:
+        b.line("add_reduce({}, 1, None, {}, True)", t, log_total)
+        b.call("divide", log_total, total, total)
+        b.call("multiply", p, total, p)
+        b.call("subtract", p, t, p)
+    # A target of 0 beside a logit of -inf, a row of -inf alone or a NaN: as the meaning says.
+    _by_meaning_if_nan(b, step, loss, loss, p if with_grad else None)
+    return True

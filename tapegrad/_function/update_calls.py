@@ -1,0 +1,177 @@
+"""How an optimiser's update becomes calls of NumPy: its numbers first, then its rule on blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tapegrad._backend import Array, byte_bounds
+from tapegrad._blocks import BLOCK
+from tapegrad._flat_update import FlatUpdate, computed_in, spares
+from tapegrad._function.lowering import Lowering, Place, lowers, static
+from tapegrad._function.program import Step
+
+
+@lowers("flat_update")
+def _flat_update(b: Lowering, step: Step) -> bool:
+    update = step.primitive
+    assert isinstance(update, FlatUpdate)
+    g, *settings = step.inputs
+    if len(settings) > update.settings:  # the gradient has a factor
+        return False
+    dtype = step.writes[0].dtype
+    places = [*(Place("static", v.shape, dtype, array=v._array) for v in step.writes), b.of(g)]
+    if places[-1].kind != "static":
+        return False
+    arrays = [place.bind() for place in places]
+    wide = computed_in(dtype)
+    units, params = update.split(step.params)
+    hyperparameters = [b.memory_of(x) for x in settings]
+    count = hyperparameters.pop(0) if update.of_step is not None else None
+    numbers = _Numbers(update, units, wide, *_known(hyperparameters, count))
+    row = _in_a_row(b, hyperparameters)
+    b.line("if {}.tobytes() != {}.settings: {}.renew({}, {})", row, numbers, numbers, row, count)
+    if count is not None:
+        left = ", ".join(["{}[()]"] * len(numbers.changing))
+        b.line(left + " = {}.at({}.item())", *map(static, numbers.changing), numbers, count)
+    scratch = spares(np, g.size, wide)
+    if g.size > BLOCK or dtype != wide:
+        rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers.all, **params)
+        b.bound(_named(step.name, rule))
+        return True
+    spare = scratch[0][: g.size]
+    rule = functools.partial(update.rule, np, *arrays, spare, *numbers.all, **params)
+    calls = _calls_of(update.rule, [*arrays, spare], numbers.all, params)
+    if calls is None:
+        b.bound(_named(step.name, rule))
+        return True
+    texts, operands = zip(*calls, strict=True)
+    b.line(
+        "if {}.unlike: {}()\nelse:\n    " + "\n    ".join(texts),
+        numbers,
+        _named(step.name, rule),
+        *[static(array) for given in operands for array in given],
+    )
+    return True
+
+
+def _known(hyperparameters: list[Any], count: Any) -> tuple[list[float], int]:
+    """Return the hyper-parameters and the step count as they may be when the program runs."""
+    places = [*hyperparameters, *([] if count is None else [count])]
+    if any(place.kind != "static" for place in places):
+        return [0.5] * len(hyperparameters), 1
+    now = [place.array.item() for place in hyperparameters]
+    return now, 1 if count is None else max(1, count.array.item())  # a step that was taken
+
+
+def _in_a_row(b: Lowering, numbers: list[Any]) -> Place:
+    """Return numbers as one array: that in which they lie, if they lie in a row."""
+    arrays = [place.array for place in numbers if place.kind == "static"]
+    if len(arrays) == len(numbers):
+        base = arrays[0].base if arrays[0].base is not None else arrays[0]
+        begins = [byte_bounds(array)[0] for array in arrays]
+        first = (begins[0] - byte_bounds(base)[0]) // base.itemsize
+        if base.ndim == 1 and begins == [begins[0] + i * base.itemsize for i in range(len(begins))]:
+            return static(base[first : first + len(arrays)])
+    row = b.local((len(numbers),), np.float64)
+    b.line(f"{{}} = np.array([{', '.join(['{}'] * len(numbers))}])", row, *numbers)
+    return row
+
+
+class _Numbers:
+    """The numbers of an update, as 0-d arrays; made anew where the hyper-parameters change.
+
+    all       the arrays, `changing` those of them that the step count decides too.
+    at        gives the numbers of these for a step count.
+    settings  the bytes of the hyper-parameters that they were made from.
+    unlike    whether another number is 0 or 1 than at first: the rule may make other calls then.
+    """
+
+    __name__ = "numbers"
+
+    def __init__(
+        self,
+        update: FlatUpdate,
+        units: dict[str, float],
+        dtype: np.dtype[Any],
+        settings: list[float],
+        step: int,
+    ) -> None:
+        self._update, self._units = update, units
+        constant, changing = self._of(settings, step)
+        self._constant = [np.array(number, dtype) for number in constant]
+        self.changing = [np.array(number, dtype) for number in changing]
+        self.all = [*self._constant, *self.changing]
+        self._special = [_special(array) for array in self.all]
+        self.unlike = False
+        self.settings = b""
+
+    def _of(self, settings: list[float], step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        constant = self._update.numbers(*settings, **self._units)
+        if self._update.of_step is None:
+            return constant, ()
+        self.at = self._update.of_step(*settings, **self._units)
+        return constant, self.at(step)
+
+    def renew(self, settings: Array, count: Any) -> None:
+        """Set the numbers that these hyper-parameters and this step count give."""
+        constant, changing = self._of(settings.tolist(), 1 if count is None else count.item())
+        for array, number in zip(self.all, (*constant, *changing), strict=True):
+            array[()] = number
+        self.unlike = [_special(array) for array in self.all] != self._special
+        self.settings = settings.tobytes()
+
+
+def _special(array: Array) -> Any:
+    """Return a number if it is 0 or 1 in its own type, else None."""
+    value = array.item()
+    return value if value == 0 or value == 1 else None
+
+
+def _calls_of(
+    rule: Callable[..., None],
+    arrays: list[Array],
+    numbers: list[Array],
+    params: dict[str, Any],
+) -> list[tuple[str, list[Array]]] | None:
+    """Return the calls of ufuncs that a rule makes for numbers like these, if it makes no others.
+
+    Written out they take 0.7 us less than the rule's own Python.
+    """
+    told: list[tuple[str, list[Array]]] = []
+    try:
+        rule(np, *[_Told(array, told) for array in arrays], *numbers, **params)
+    except _NoUfunc:
+        return None
+    return told
+
+
+class _NoUfunc(Exception):
+    """A rule does something with its arrays beside giving them to ufuncs."""
+
+
+class _Told:
+    """Stands for an array, and notes the ufuncs that it is given to."""
+
+    def __init__(self, array: Array, told: list[tuple[str, list[Array]]]) -> None:
+        self._shown, self._notes = array, told
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
+    ) -> Any:
+        if method != "__call__" or options or len(out) != 1:
+            raise _NoUfunc
+        operands = [x._shown if type(x) is _Told else x for x in (*inputs, *out)]
+        self._notes.append((f"{ufunc.__name__}({', '.join(['{}'] * len(operands))})", operands))
+        return out[0]
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NoUfunc
+
+
+def _named(name: str, function: Any) -> Any:
+    function.__name__ = name
+    return function
