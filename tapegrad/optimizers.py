@@ -13,6 +13,7 @@ from tapegrad import _backend
 from tapegrad._backend import Array, Module
 from tapegrad._blocks import BLOCK
 from tapegrad._flat_update import FlatUpdate
+from tapegrad._host_memory import neighbours
 from tapegrad._recording import no_record, state
 from tapegrad._storage import Buffer
 from tapegrad._structure import flatten
@@ -287,18 +288,25 @@ class _Group:
             self._buffer = first._buffer
         else:
             self._places, end = self._layout(members)
-            self._flat = xp.zeros(end, first.dtype)
+            (self._flat,) = self._memory(end, [0.0])
             self._buffer = Buffer(self._flat)
             self._buffer.shared = True
             for variable, place in zip(members, self._places, strict=True):
                 view = self._flat[place : place + variable.size].reshape(variable.shape)
                 view[...] = variable._array
                 variable._place(self._buffer, view)
-        self._slots = [xp.full(self._flat.size, value, first.dtype) for value in slots]
+        self._slots = self._memory(self._flat.size, slots)
         self._slot_buffers = [Buffer(slot) for slot in self._slots]
-        self._gradients = xp.zeros(self._flat.size, first.dtype)
+        # A program updates small slots at once, from the gradients and the scratch behind them.
+        small = self._xp is np and self._flat.size <= BLOCK
+        self._gradients, *_ = self._memory(self._flat.size, [0.0, 0.0] if small else [0.0])
         self._gradient_buffer = Buffer(self._gradients)
         self._runs: dict[tuple[bool, ...], list[tuple[_Run, list[int]]]] = {}
+
+    def _memory(self, size: int, values: Sequence[float]) -> list[Array]:
+        if self._xp is np:
+            return neighbours(size, self.dtype, values)
+        return [self._xp.full(size, value, self.dtype) for value in values]
 
     def _layout(self, members: list[Variable]) -> tuple[list[int], int]:
         """Return where each variable begins, and where the last one ends.

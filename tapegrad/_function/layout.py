@@ -9,8 +9,8 @@ program costs. Four choices save a third of the calls of a small network's step:
   product: `[w; b].T @ [x.T; 1]`, and the bias's gradient a row of the kernel's.
 - Where only one element decides (a mask of relu) the bits are multiplied as integers, and what
   that cannot do right (NaN) is found by one look at the result of the whole program.
-- The exponents of a softmax cross-entropy are relative to the label's logit, not to the largest:
-  the loss is then the logarithm of their sum. What overflows is found by the same look.
+- A softmax cross-entropy takes the exponentials of the logits as they are, not relative to the
+  largest: a reduction fewer. What overflows is found by the same look.
 
 They change the order of sums, and so the last bits: `simplify.TABLE` has them as "layout".
 """
@@ -29,8 +29,8 @@ from tapegrad.variable import Variable
 
 REWRITE = Rewrite(
     None,
-    "the order of the terms in sums and products of matrices; a softmax cross-entropy's exponents "
-    "are rounded relative to the label's logit",
+    "the order of the terms in sums and products of matrices; a softmax cross-entropy's "
+    "exponentials are those of the logits, not of their distances to the largest",
 )
 
 SMALL = 1 << 15  # elements: above, products and memory cost more than calls
@@ -68,6 +68,8 @@ class Layout:
     active         whether anything but the meanings' own operations may be done.
     feature_major  matrices that are stored transposed.
     with_ones      matrices that have ones beside them.
+    stacks         lists of those of them that lie under each other: one call says where these
+                   outputs of ReLUs are 0.
     pairs          of the steps that compute a kernel's gradient.
     pair_of_bias   of the gradients of biases that come with those of kernels.
     visible        values whose NaN is seen in one of `checked`.
@@ -78,6 +80,7 @@ class Layout:
         self.active = program is not None
         self.feature_major: set[Value] = set()
         self.with_ones: set[Value] = set()
+        self.stacks: list[list[Value]] = []
         self.pairs: dict[Step, Pair] = {}
         self.pair_of_bias: dict[Value, Pair] = {}
         self.visible: set[Value] = set()
@@ -86,6 +89,7 @@ class Layout:
             self._see(program, first_write)
             self._transpose(program)
             self._add_ones(program)
+            self._stack(program)
             self._pair(program)
 
     def _transpose(self, program: Program) -> None:
@@ -128,6 +132,15 @@ class Layout:
                 and joined(w, b) is not None
             ):
                 self.with_ones.add(x)
+
+    def _stack(self, program: Program) -> None:
+        masked = {s.inputs[1] for s in program.steps if s.name in ("relu_grad", "linear_relu_grad")}
+        found: dict[Any, list[Value]] = {}
+        for step in program.steps:
+            y = step.outputs[0] if step.name == "linear_relu" else None
+            if y in masked and y in self.with_ones and y in self.feature_major & self.visible:
+                found.setdefault((y.shape[0], y.dtype), []).append(y)
+        self.stacks = [x for x in found.values() if len(x) > 1 and sum(y.size for y in x) <= SMALL]
 
     def _pair(self, program: Program) -> None:
         made_by = {y: step for step in program.steps for y in step.outputs}

@@ -15,6 +15,7 @@ from tapegrad._function.gradients import gathered
 from tapegrad._function.layout import Layout, Pair
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import ends
+from tapegrad._host_memory import aligned
 from tapegrad.primitive import MultiPrimitive, Update
 
 
@@ -162,6 +163,7 @@ class Lowering:
         self.leased = leased  # whether results may lie in the program's own memory
         self.layout = layout
         self.extended: dict[Value, Array] = {}  # matrices with the ones beside them, transposed
+        self._stacks = {y: s for s in map(_Stack, layout.stacks) for y in s.members}
         self.done: set[Step] = set()  # what came with an earlier step
         self.users: dict[Value, list[Step]] = {}
         for step in program.steps:
@@ -316,6 +318,10 @@ class Lowering:
             through = lambda array: view(before(array))
         return Place(place.kind, shape, place.dtype, root=root, view=through)
 
+    def rows(self, place: Place, first: int, end: int) -> Place:
+        """Return a view of some rows of a matrix."""
+        return self.view(place, (end - first, *place.shape[1:]), lambda array: array[first:end])
+
     def out(self, step: Step, *reuse: Any, position: int = 0) -> Place:
         """Return where a step's output is to be written, in the memory of an input if that may be.
 
@@ -356,10 +362,11 @@ class Lowering:
         """Make memory of its own for a matrix with ones beside it, which stay there."""
         rows, columns = y.shape
         if y in self.layout.feature_major:
-            full = np.ones((columns + 1, rows), y.dtype)
+            stack = self._stacks.get(y)
+            full = aligned((columns + 1, rows), y.dtype, 1) if stack is None else stack.part(y)
             self.extended[y] = full
             return Place("static", y.shape, y.dtype, array=full[:-1].T)
-        full = np.ones((rows, columns + 1), y.dtype)
+        full = aligned((rows, columns + 1), y.dtype, 1)
         self.extended[y] = full.T
         return Place("static", y.shape, y.dtype, array=full[:, :-1])
 
@@ -372,9 +379,9 @@ class Lowering:
         place.turned = True
         return place
 
-    def integers(self, place: Place) -> Place:
-        """Return the bits of a place's numbers as integers of their size."""
-        kind = np.dtype(f"i{place.dtype.itemsize}")
+    def integers(self, place: Place, letter: str = "u") -> Place:
+        """Return the bits of a place's numbers as integers of their size, "i" for signed ones."""
+        kind = np.dtype(f"{letter}{place.dtype.itemsize}")
         if place.kind == "local":
             bits = Place("local", place.shape, kind, root=place.root)
             bits.name = f"{place.name}.view({kind.name})"
@@ -385,6 +392,23 @@ class Lowering:
         bits.dtype = kind
         bits.bits = kind if place.root is place else None
         return bits
+
+    def positive(self, y: Value) -> Place:
+        """Return 1 where the bits of a value are not 0, and 0 where they are, as integers.
+
+        Unsigned ones: that is the faster sign.
+        """
+        stack = self._stacks.get(y)
+        if stack is None or not all(x in self.places for x in stack.members):
+            mask = self.integers(self.like(y, y in self.layout.feature_major))
+            self.call("sign", self.integers(self.of(y)), mask)
+            return mask
+        if stack.mask is None:
+            bits = self.integers(static(stack.array))
+            stack.mask = self.arena(bits.shape, bits.dtype)
+            self.call("sign", bits, stack.mask)
+        rows = stack.rows[y]
+        return self.view(stack.mask, y.shape, lambda mask: mask[rows].T)
 
     def pair_of_bias(self, bias: Value) -> Pair | None:
         """Return the pair with whose kernel a bias's gradient is computed, if it is."""
@@ -469,6 +493,29 @@ class Lowering:
             self.set(y, place)
             for root in held:
                 root.pending += self._uses[y]
+
+
+class _Stack:
+    """Matrices stored feature by feature under each other, each with its row of ones.
+
+    rows  where each lies, without its ones.
+    mask  where the numbers are not 0, once that was computed.
+    """
+
+    def __init__(self, members: list[Value]) -> None:
+        self.members = members
+        self.mask: Place | None = None
+        self.rows: dict[Value, slice] = {}
+        end = 0
+        for y in members:
+            self.rows[y] = slice(end, end + y.shape[1])
+            end += y.shape[1] + 1
+        self.array = aligned((end, members[0].shape[0]), members[0].dtype, 1)
+
+    def part(self, y: Value) -> Array:
+        """Return a member's memory, with its ones."""
+        rows = self.rows[y]
+        return self.array[rows.start : rows.stop + 1]
 
 
 def _answers_tuple(step: Step) -> bool:

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from tapegrad._function.lowering import Line, Place
-from tapegrad._host_memory import give_back_freed_memory
+from tapegrad._host_memory import ALIGNMENT, give_back_freed_memory
 
 _LARGE = 1 << 24  # bytes of an arena for which it pays to look at the heap, some milliseconds
-_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
 def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
@@ -32,10 +31,10 @@ def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
     placed: list[Place] = []
     total = 0
     for place in sorted(first, key=lambda p: (-p.nbytes, first[p])):
-        size = -(-max(place.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        size = -(-max(place.nbytes, 1) // ALIGNMENT) * ALIGNMENT
         offset = 0
         busy = sorted(
-            (other.offset, other.offset + -(-max(other.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT)
+            (other.offset, other.offset + -(-max(other.nbytes, 1) // ALIGNMENT) * ALIGNMENT)
             for other in placed
             if first[other] <= last[place] and first[place] <= last[other]
         )
@@ -63,8 +62,8 @@ def allocate(lines: list[Line], size: int) -> np.ndarray[tuple[int], np.dtype[np
     """Make the arena, and give every arena place its array in it."""
     if size >= _LARGE:
         give_back_freed_memory()
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % ALIGNMENT
     arena = memory[skip : skip + size]
     for line in lines:
         for operand in line.operands:

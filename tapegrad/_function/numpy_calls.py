@@ -16,6 +16,7 @@ from tapegrad._backend import Array
 from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
+from tapegrad._host_memory import aligned
 from tapegrad._index import SLOT
 from tapegrad.linear import by_product
 from tapegrad.tape import Spec
@@ -322,7 +323,7 @@ def _relu(b: Lowering, step: Step) -> bool:
 def _zeros(b: Lowering, y: Value) -> Place:
     """Return a row of zeros: NumPy compares with it three times faster than with a number."""
     if y in b.layout.feature_major:
-        return Place("static", y.shape, y.dtype, array=np.zeros(y.shape[::-1], y.dtype).T)
+        return Place("static", y.shape, y.dtype, array=aligned(y.shape[::-1], y.dtype, 0).T)
     return Place("static", y.shape[-1:], y.dtype, array=np.zeros(y.shape[-1:], y.dtype))
 
 
@@ -353,22 +354,21 @@ def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
     gradient, output = b.of(g), b.of(y)
     turned = y in b.layout.feature_major
     if _RELU_HAS_NO_SIGN and y in b.layout.visible:
-        # The bits of relu's output are 0 or a positive integer, but for NaN, which is seen at the
-        # end: their sign times g's bits are g's, or those of 0, whatever g is.
+        # The bits of relu's output are 0 where it is: their sign times g's bits are g's, or those
+        # of 0, whatever g is. NaN is seen at the end.
         b.speculates = True
-        mask = b.integers(b.like(y, turned))
+        mask = b.positive(y)
         place = b.out(step, g)
-        b.call("sign", b.integers(output), mask)
         b.call("multiply", b.integers(gradient), mask, b.integers(place))
         return True
     if b.layout.active:
         # Exact whatever g and y are: the bits of g where y > 0, else those of 0.
         chosen = b.like(y, turned, np.dtype(np.bool_))
-        minus = b.integers(chosen)
+        minus = b.integers(chosen, "i")
         place = b.out(step, g)
         b.call("greater", output, _number(0, y.dtype), chosen)
         b.call("negative", minus, minus)
-        b.call("bitwise_and", b.integers(gradient), minus, b.integers(place))
+        b.call("bitwise_and", b.integers(gradient, "i"), minus, b.integers(place, "i"))
         return True
     mask = b.like(y, turned)
     place = b.out(step)

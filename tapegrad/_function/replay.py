@@ -87,6 +87,7 @@ _NAMES: dict[str, Any] = {
     "copyto": np.copyto,
     "np": np,
     "empty": np.empty,
+    "nan": np.nan,
     "broadcast_to": np.broadcast_to,
     "int8": np.int8,
     "int32": np.int32,

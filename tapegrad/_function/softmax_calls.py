@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from tapegrad._backend import Array
 from tapegrad._function.blocks import SoftmaxCrossEntropy
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
+from tapegrad._host_memory import aligned
 
 
 @lowers("softmax")
@@ -148,9 +150,10 @@ def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
 def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     """Let everything run along contiguous rows: one row for each class.
 
-    Exponents are taken relative to the label's logit, not to the largest: then the loss is the
-    logarithm of their sum, and a reduction is saved. A logit 88 above the label's overflows; what
-    comes out is NaN, which sends the call the careful way.
+    Exponentials are taken of the logits as they are, no reduction before them, and the loss is the
+    logarithm of their sum over the label's own: as exact near 0 as one may wish. Where one of the
+    two is near the ends of what its type can hold (logits beyond 86 in float32), a NaN sends the
+    call the careful way.
     """
     logits, labels = step.inputs
     loss = step.outputs[0]
@@ -168,41 +171,42 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     b.speculates = True
     dtype = logits.dtype
     t = b.of(labels)
-    z = b.turned(x)
     out = b.turned(b.out(step, position=1) if scaled is None else b.out(scaled))
-    hot, shifted = (b.arena((classes, n), dtype) for _ in range(2))
-    sums = b.arena((classes + 1, n), dtype)
-    each, once = b.view(sums, (classes, n), lambda a: a[:-1]), b.view(sums, (n,), lambda a: a[-1])
-    log_total = b.arena((n,), dtype)
+    hot, ratio = b.arena((classes, n), dtype), b.arena((n,), dtype)
+    both, sums = b.arena((2 * classes, n), dtype), b.arena((classes + 2, n), dtype)
+    e, of_label = b.rows(both, 0, classes), b.rows(both, classes, 2 * classes)
+    each, ends = b.rows(sums, 0, classes), b.rows(sums, classes, classes + 2)
+    once, label = b.view(sums, (n,), lambda a: a[-2]), b.view(sums, (n,), lambda a: a[-1])
     # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
     b.line("if not {}.tobytes().isascii(): wrong_labels({}, {})", t, t, classes)
-    # A product with a square of ones sums over the classes and spreads the sum over them: half the
-    # time of calls that reduce and broadcast. The gradient's factor comes with it.
-    square = np.full((classes + 1, classes), 1 / factor, dtype)
-    square[-1] = 1
     one_hot = np.eye(classes, classes + 1, dtype=dtype) * dtype.type(factor)
     one_hot[:, classes] = math.nan  # of a label that is too large: the careful way tells
     b.line("{}({}, 1, {}, 'clip')", one_hot.take, t, hot)
-    b.call("multiply", z, hot, shifted)
-    b.call("dot", static(square[:-1]), shifted, each)
-    b.call("subtract", z, each, shifted)
-    b.call("exp", shifted, out)
-    b.call("dot", static(square), out, sums)
-    b.call("divide", out, each, out)
+    b.call("exp", b.turned(x), e)
+    b.call("multiply", e, hot, of_label)
+    # A product with a square of ones sums over the classes and spreads the sum over them: half the
+    # time of calls that reduce and broadcast. The gradient's factor comes with it.
+    summing = aligned((classes + 2, 2 * classes), dtype, 0)
+    summing[:classes, :classes] = summing[-1, classes:] = 1 / factor
+    summing[-2, :classes] = 1
+    b.call("dot", static(summing), both, sums)
+    b.call("divide", e, each, out)
     b.call("subtract", out, hot, out)
-    b.line("log({}, {})", once, log_total)
-    if total_step is not None:
-        y = total_step.outputs[0]
-        place = b.local((), dtype)
-        b.line("{} = {}.dot({})", place, log_total, static(np.ones(n, dtype)))
-        b.line("{} -= {} - {}", place, place, place)
-        b.set(y, place)
-        b.done.add(total_step)
-        b.set(loss, log_total)
+    # The byte of a number's exponent: no number is small or large by any other.
+    exponents = b.local((2 * n,), np.uint8)
+    top = dtype.itemsize - 1 if sys.byteorder == "little" else 0
+    b.line(f"{{}} = {{}}.tobytes()[{top}::{dtype.itemsize}]", exponents, ends)
+    b.line("if 0 in {} or 127 in {}: {}[0] = nan", exponents, exponents, once)
+    b.call("divide", once, label, ratio)
+    if total_step is None:
+        b.call("log", ratio, b.out(step))
         return True
-    zero = b.view(hot, (n,), lambda a: a[0])
-    b.line("subtract({}, {}, {})", log_total, log_total, zero)
-    b.line("subtract({}, {}, {})", log_total, zero, b.out(step))
+    b.line("log({}, {})", ratio, ratio)
+    place = b.local((), dtype)
+    b.line("{} = {}.dot({})", place, ratio, static(np.ones(n, dtype)))
+    b.set(total_step.outputs[0], place)
+    b.done.add(total_step)
+    b.set(loss, ratio)
     return True
 
 

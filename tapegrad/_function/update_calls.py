@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from tapegrad._blocks import BLOCK
 from tapegrad._flat_update import FlatUpdate, computed_in, spares
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step
+from tapegrad._host_memory import aligned, following, spanning
 
 
 @lowers("flat_update")
@@ -37,23 +38,26 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     if count is not None:
         left = ", ".join(["{}[()]"] * len(numbers.changing))
         b.line(left + " = {}.at({}.item())", *map(static, numbers.changing), numbers, count)
-    scratch = spares(np, g.size, wide)
     if g.size > BLOCK or dtype != wide:
+        scratch = spares(np, g.size, wide)
         rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers.all, **params)
         b.bound(_named(step.name, rule))
         return True
-    spare = scratch[0][: g.size]
+    spare = following(arrays[-1])
+    if spare is None:
+        spare = aligned(g.size, wide, 0)
     rule = functools.partial(update.rule, np, *arrays, spare, *numbers.all, **params)
     calls = _calls_of(update.rule, [*arrays, spare], numbers.all, params)
     if calls is None:
         b.bound(_named(step.name, rule))
         return True
-    texts, operands = zip(*calls, strict=True)
+    calls = _joined(calls, numbers)
+    texts = [f"{call.ufunc}({', '.join(['{}'] * len(call.operands))})" for call in calls]
     b.line(
         "if {}.unlike: {}()\nelse:\n    " + "\n    ".join(texts),
         numbers,
         _named(step.name, rule),
-        *[static(array) for given in operands for array in given],
+        *[static(array) for call in calls for array in call.operands],
     )
     return True
 
@@ -106,6 +110,7 @@ class _Numbers:
         self.changing = [np.array(number, dtype) for number in changing]
         self.all = [*self._constant, *self.changing]
         self._special = [_special(array) for array in self.all]
+        self._spread: list[tuple[Array, Array]] = []  # of a number, and where it stands often
         self.unlike = False
         self.settings = b""
 
@@ -116,11 +121,23 @@ class _Numbers:
         self.at = self._update.of_step(*settings, **self._units)
         return constant, self.at(step)
 
+    def spread(self, first: Array, second: Array, size: int) -> Array | None:
+        """Return two of the numbers, each `size` times: for those that hardly ever change."""
+        if not all(any(x is number for number in self._constant) for x in (first, second)):
+            return None
+        both = aligned((2, size), first.dtype, 0)
+        self._spread += [(first, both[0]), (second, both[1])]
+        for number, part in self._spread:
+            part[...] = number
+        return both.reshape(-1)
+
     def renew(self, settings: Array, count: Any) -> None:
         """Set the numbers that these hyper-parameters and this step count give."""
         constant, changing = self._of(settings.tolist(), 1 if count is None else count.item())
         for array, number in zip(self.all, (*constant, *changing), strict=True):
             array[()] = number
+        for array, part in self._spread:
+            part[...] = array
         self.unlike = [_special(array) for array in self.all] != self._special
         self.settings = settings.tobytes()
 
@@ -131,17 +148,24 @@ def _special(array: Array) -> Any:
     return value if value == 0 or value == 1 else None
 
 
+class _Call(NamedTuple):
+    """A call of a ufunc; the last operand is written."""
+
+    ufunc: str
+    operands: list[Array]
+
+
 def _calls_of(
     rule: Callable[..., None],
     arrays: list[Array],
     numbers: list[Array],
     params: dict[str, Any],
-) -> list[tuple[str, list[Array]]] | None:
+) -> list[_Call] | None:
     """Return the calls of ufuncs that a rule makes for numbers like these, if it makes no others.
 
     Written out they take 0.7 us less than the rule's own Python.
     """
-    told: list[tuple[str, list[Array]]] = []
+    told: list[_Call] = []
     try:
         rule(np, *[_Told(array, told) for array in arrays], *numbers, **params)
     except _NoUfunc:
@@ -156,7 +180,7 @@ class _NoUfunc(Exception):
 class _Told:
     """Stands for an array, and notes the ufuncs that it is given to."""
 
-    def __init__(self, array: Array, told: list[tuple[str, list[Array]]]) -> None:
+    def __init__(self, array: Array, told: list[_Call]) -> None:
         self._shown, self._notes = array, told
 
     def __array_ufunc__(
@@ -165,11 +189,59 @@ class _Told:
         if method != "__call__" or options or len(out) != 1:
             raise _NoUfunc
         operands = [x._shown if type(x) is _Told else x for x in (*inputs, *out)]
-        self._notes.append((f"{ufunc.__name__}({', '.join(['{}'] * len(operands))})", operands))
+        self._notes.append(_Call(ufunc.__name__, operands))
         return out[0]
 
     def __getattr__(self, name: str) -> Any:
         raise _NoUfunc
+
+
+def _joined(calls: list[_Call], numbers: _Numbers) -> list[_Call]:
+    """Let two calls of one function on arrays that lie side by side be one: 0.2 us less.
+
+    Adam's averages of g and g**2 are: their factors, and what is added to them.
+    """
+    calls = list(calls)
+    for second in range(len(calls)):
+        for first in range(second):
+            at = _together(calls, first, second)
+            both = None if at is None else _over_both(calls[first], calls[second], numbers)
+            if at is not None and both is not None:
+                calls[at] = both
+                del calls[first + second - at]
+                return _joined(calls, numbers)
+    return calls
+
+
+def _together(calls: list[_Call], first: int, second: int) -> int | None:
+    """Return where of their two places two calls can be made together, if it changes nothing."""
+    between = calls[first + 1 : second]
+    if not _disjoint(calls[first], calls[second]):
+        return None
+    if all(_disjoint(call, calls[second]) for call in between):
+        return first
+    return second if all(_disjoint(call, calls[first]) for call in between) else None
+
+
+def _disjoint(a: _Call, b: _Call) -> bool:
+    """Tell whether neither of two calls writes what the other one reads or writes."""
+    return not any(
+        np.may_share_memory(x.operands[-1], operand)
+        for x, y in ((a, b), (b, a))
+        for operand in y.operands
+    )
+
+
+def _over_both(first: _Call, second: _Call, numbers: _Numbers) -> _Call | None:
+    if first.ufunc != second.ufunc or len(first.operands) != len(second.operands):
+        return None
+    operands = []
+    for x, y in zip(first.operands, second.operands, strict=True):
+        both = spanning(x, y) if x.ndim else numbers.spread(x, y, first.operands[-1].size)
+        if both is None:
+            return None
+        operands.append(both)
+    return _Call(first.ufunc, operands)
 
 
 def _named(name: str, function: Any) -> Any:

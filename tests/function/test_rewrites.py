@@ -170,7 +170,7 @@ def test_networks_switched_on_and_off(widths, batch, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("other", [-np.inf, -900.0, -5.0, 5.0, 50.0, 100.0, 900.0, np.inf, np.nan])
 def test_losses_far_from_the_label(other, reduction, batch, dtype):
-    """By classes exponents are relative to the label's logit: what overflows goes another way."""
+    """By classes exponentials are those of the logits: what overflows goes another way."""
     rng = np.random.default_rng(3)
     x = tg.constant(rng.normal(size=(batch, 4)).astype(dtype))
     w, b = tg.Variable(rng.normal(size=(4, 3)).astype(dtype)), tg.Variable(np.zeros(3, dtype))
@@ -197,7 +197,7 @@ def test_losses_far_from_the_label(other, reduction, batch, dtype):
     text = f.explain_program()
     assert "carefully" in text
     assert "maximum_reduce" not in text
-    # What is 100 above the label's logit is off by some 100 roundings before the exponential.
+    # A logit of 100 is off by some 100 roundings before the exponential.
     assert_same(got, want, 2e-5 if dtype == "f4" else 1e-13)
 
 
