@@ -117,7 +117,7 @@ def _average(xp: Module, a: Array, x: Array, spare: Array, keep: Any, take: Any)
 def _rmsprop_numbers(
     learning_rate: float, rho: float, epsilon: float, *, unit_of_mean_square: float = 1.0
 ) -> tuple[float, ...]:
-    root = _square_root(unit_of_mean_square)
+    root = math.sqrt(unit_of_mean_square)
     return learning_rate / root, rho, (1 - rho) / unit_of_mean_square, epsilon / root
 
 
@@ -164,16 +164,18 @@ def _adam_numbers_of_step(
 ) -> Callable[[int], tuple[float, ...]]:
     # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
     # the root: two passes over memory fewer.
+    square_root = _square_root_for(beta_2)
+
     def at(step: int) -> tuple[float, ...]:
-        root = _square_root((1 - beta_2**step) / unit_of_v)
+        root = square_root((1 - beta_2**step) / unit_of_v)
         return learning_rate * root * (unit_of_m / (1 - beta_1**step)), epsilon * root
 
     return at
 
 
-def _square_root(x: Any) -> Any:
-    """Return the root of a Python number, or of a device's array where it is."""
-    return math.sqrt(x) if type(x) is float else np.sqrt(x)
+def _square_root_for(x: Any) -> Callable[[Any], Any]:
+    """Return what takes the root of a Python number, or of a device's array where it is."""
+    return math.sqrt if type(x) is float else np.sqrt
 
 
 def _adam_rule(

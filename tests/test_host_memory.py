@@ -7,7 +7,10 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from tapegrad._host_memory import aligned, following, neighbours, spanning
 
 STEPS = """
 import resource
@@ -85,3 +88,50 @@ def test_what_is_kept_goes_back_before_a_program_takes_its_memory():
     more, arena = map(int, answer.stdout.split())
     assert arena > 1 << 24
     assert more < 1.5 * arena
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("shape", [(), 0, 1, 5, (3, 4), (0, 2), 1000])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i2", "u1"])
+def test_aligned_memory(shape, dtype):
+    array = aligned(shape, dtype, 3)
+    np.testing.assert_array_equal(array, np.full(shape, 3, dtype), strict=True)
+    assert address(array) % 64 == 0
+    assert array.flags.writeable
+
+
+def test_neighbours_lie_one_behind_the_other():
+    first, second, third = neighbours(5, "f4", [1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(first, np.full(5, 1, "f4"), strict=True)
+    np.testing.assert_array_equal(third, np.full(5, 3, "f4"), strict=True)
+    both = spanning(first, second)
+    np.testing.assert_array_equal(both, np.repeat(np.array([1, 2], "f4"), 5), strict=True)
+    both += 1
+    assert (first[4], second[0]) == (2, 3)
+    assert address(following(second)) == address(third)
+    assert address(following(first[:])) == address(second)
+
+
+def test_what_spans_or_follows_nothing():
+    first, second, third = neighbours(5, "f4", [1.0, 2.0, 3.0])
+    (other,) = neighbours(5, "f4", [1.0])
+    own = np.zeros(10, "f4")
+    for pair in [
+        (second, first),
+        (first, third),
+        (first[:4], second),
+        (first[::2], second),
+        (first, second[::-1]),
+        (first.reshape(5, 1), second),
+        (first, second.view("i4")),
+        (other, first),
+        (own[:5], own[5:]),
+        (first[:0], first),
+    ]:
+        assert spanning(*pair) is None
+    assert spanning(first[1:], second[:2]).size == 6
+    for array in (first[:4], first[1:], own, own[:5]):
+        assert following(array) is None

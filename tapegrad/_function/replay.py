@@ -111,30 +111,30 @@ class Writes:
         self._buffers = list(buffers)
         self._variables = list(variables)
         self._name = name
+        self._interrupts: list[tuple[Any, ...]] = []
+        self._hold = _noting_in(self._interrupts)
         self._previous: Any = None
-        self._interrupted: tuple[Any, ...] | None = None
 
     def begin(self) -> None:
         """Give a copy to everyone who still reads the old values, and hold Ctrl-C back."""
         for buffer in self._buffers:
             if buffer.shown:
                 buffer.before_write(buffer.array)
-        if threading.get_ident() == _main_thread:
+        if _get_ident() == _main_thread:
             # Between two of NumPy's calls it would tear the update: 282 of 300 tries did. The
             # module under `signal` is asked, which takes 0.2 us where that takes 1.5.
-            self._interrupted = None
-            self._previous = _signal.signal(_signal.SIGINT, self._hold)
-
-    def _hold(self, *arguments: Any) -> None:
-        self._interrupted = arguments
+            self._previous = _set_handler(_SIGINT, self._hold)
 
     def end(self) -> None:
         """Let Ctrl-C through, one that was held back too."""
         previous, self._previous = self._previous, None
         if previous is not None:
-            _signal.signal(_signal.SIGINT, previous)
-            if self._interrupted is not None and callable(previous):
-                previous(*self._interrupted)
+            _set_handler(_SIGINT, previous)
+            if self._interrupts:
+                first = self._interrupts[0]
+                self._interrupts.clear()
+                if callable(previous):
+                    previous(*first)
 
     def failed(self, error: BaseException) -> None:
         """Mark the Variables as torn: some of them were written, others not."""
@@ -143,7 +143,13 @@ class Writes:
             variable._tear(text)
 
 
+def _noting_in(interrupts: list[tuple[Any, ...]]) -> Callable[..., None]:
+    """Return a handler that notes what it is called with; a method would be made in every step."""
+    return lambda *arguments: interrupts.append(arguments)
+
+
 _main_thread = threading.main_thread().ident
+_get_ident, _set_handler, _SIGINT = threading.get_ident, _signal.signal, _signal.SIGINT
 
 
 class Replay:
@@ -261,8 +267,9 @@ class Replay:
                     arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
                     break
         with self._lock:
-            for lease in self._leases:
-                arrays = lease.end(arrays)
+            if self._leases:
+                for lease in self._leases:
+                    arrays = lease.end(arrays)
             if self._placements != _storage.placements:
                 self._check_placements()
             results = self._context.run(self._call, arrays)

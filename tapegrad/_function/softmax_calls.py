@@ -175,7 +175,7 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     hot, ratio = b.arena((classes, n), dtype), b.arena((n,), dtype)
     both, sums = b.arena((2 * classes, n), dtype), b.arena((classes + 2, n), dtype)
     e, of_label = b.rows(both, 0, classes), b.rows(both, classes, 2 * classes)
-    each, ends = b.rows(sums, 0, classes), b.rows(sums, classes, classes + 2)
+    each = b.rows(sums, 0, classes)
     once, label = b.view(sums, (n,), lambda a: a[-2]), b.view(sums, (n,), lambda a: a[-1])
     # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
     b.line("if not {}.tobytes().isascii(): wrong_labels({}, {})", t, t, classes)
@@ -192,10 +192,11 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     b.call("dot", static(summing), both, sums)
     b.call("divide", e, each, out)
     b.call("subtract", out, hot, out)
-    # The byte of a number's exponent: no number is small or large by any other.
-    exponents = b.local((2 * n,), np.uint8)
+    # The byte that holds the exponent says whether a number is very small or very large.
     top = dtype.itemsize - 1 if sys.byteorder == "little" else 0
-    b.line(f"{{}} = {{}}.tobytes()[{top}::{dtype.itemsize}]", exponents, ends)
+    ends = b.view(sums, (2, n), lambda a: a[-2:].view(np.uint8)[:, top :: dtype.itemsize])
+    exponents = b.local((2 * n,), np.uint8)
+    b.line("{} = {}.tobytes()", exponents, ends)
     b.line("if 0 in {} or 127 in {}: {}[0] = nan", exponents, exponents, once)
     b.call("divide", once, label, ratio)
     if total_step is None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tapegrad as tg
+from tapegrad._function.update_calls import _Call, _joined
+from tapegrad._host_memory import neighbours
 from tests.function.compiled import assert_same, rewritten
 
 X = tg.constant([0.5, 1.5, 2.5])
@@ -201,6 +204,32 @@ def test_losses_far_from_the_label(other, reduction, batch, dtype):
     assert_same(got, want, 2e-5 if dtype == "f4" else 1e-13)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("offset", [-900.0, -100.0, -88.0, -86.0, -60.0, 60.0, 86.0, 88.0, 900.0])
+def test_logits_far_from_zero(offset, dtype):
+    """Softmax does not mind what is added to all logits; an exponential of them does."""
+    rng = np.random.default_rng(3)
+    labels = tg.constant(rng.integers(0, 5, 16))
+    x = tg.constant(rng.normal(size=(16, 4)).astype(dtype))
+    w, b = tg.Variable(rng.normal(size=(4, 5)).astype(dtype)), tg.Variable(np.zeros(5, dtype))
+    optimizer = tg.optimizers.SGD(0.0)
+
+    @tg.function
+    def step(x, offset):
+        with tg.GradientTape() as tape:
+            loss = tg.nn.softmax_cross_entropy(tg.nn.linear(x, w, b) + offset, labels)
+        gradients = tape.gradient(loss, [w, b])
+        optimizer.apply(gradients, [w, b])
+        return loss, *gradients
+
+    want = step(x, tg.zeros((16, 5), dtype=dtype))
+    for _ in range(3):
+        got = step(x, tg.ones((16, 5), dtype=dtype) * np.array(offset, dtype))
+    assert "maximum_reduce" not in step.explain_program()
+    # The sums of logit and offset are rounded.
+    assert_same(got, want, 8 * abs(offset) * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("batch", [2, 3, 7])
 def test_a_loss_near_zero_keeps_its_digits(batch):
     x = tg.constant(np.linspace(1.0, 3.3, batch, dtype="f4")[:, None])
@@ -253,6 +282,55 @@ def test_memory_has_one_name():
     assert len(set(shown)) == len(shown)
 
 
+def classifier(widths, batch, parts=1):
+    """Return a step that trains nets of these widths, together one with as many losses."""
+    rng = np.random.default_rng(1)
+    nets = [
+        [
+            (
+                tg.Variable(rng.normal(size=shape).astype("f4")),
+                tg.Variable(np.zeros(shape[1], "f4")),
+            )
+            for shape in itertools.pairwise(widths)
+        ]
+        for _ in range(parts)
+    ]
+    variables = [v for net in nets for layer in net for v in layer]
+    optimizer = tg.optimizers.SGD(0.01)
+
+    def step(x, labels):
+        gradients, total = [], 0.0
+        for net in nets:  # each net's gradient before the next one's outputs
+            with tg.GradientTape() as tape:
+                y = x
+                for kernel, bias in net[:-1]:
+                    y = tg.nn.linear_relu(y, kernel, bias)
+                loss = tg.nn.softmax_cross_entropy(tg.nn.linear(y, *net[-1]), labels)
+            gradients += tape.gradient(loss, [v for layer in net for v in layer])
+            total = total + loss
+        optimizer.apply(gradients, variables)
+        return total
+
+    x = tg.constant(rng.normal(size=(batch, widths[0])).astype("f4"))
+    return step, variables, x, tg.constant(rng.integers(0, widths[-1], batch))
+
+
+@pytest.mark.parametrize(
+    ("widths", "parts", "signs"),
+    [((4, 5, 3), 1, 1), ((4, 5, 6, 3), 1, 1), ((4, 5, 6, 7, 3), 1, 1), ((4, 5, 6, 3), 2, 3)],
+)
+def test_one_call_says_where_all_relus_are_zero(widths, parts, signs):
+    """It waits for all of them: with two nets the first one's reverse pass does without."""
+    runs = []
+    for compile_it in (False, True):
+        step, variables, x, labels = classifier(widths, 8, parts)
+        call = tg.function(step) if compile_it else step
+        losses = np.array([float(call(x, labels)) for _ in range(6)])
+        runs.append((losses, variables))
+    assert_same(runs[1], runs[0], 1e-5)
+    assert call.explain_program().count("sign(") == signs
+
+
 CHANGES = {
     "SGD": [("learning_rate", (0.5, 1.0, 0.0, 0.25))],
     "momentum": [("learning_rate", (0.5, 1.0, 0.0)), ("momentum", (1.0, 0.0, 0.5))],
@@ -297,6 +375,67 @@ def test_updates_written_out_follow_every_hyper_parameter(name):
             plain(x)
         assert_same(w, v)
     assert "multiply(" in compiled.explain_program().partition("else:")[2]
+
+
+@pytest.mark.parametrize("size", [1, 70])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize(
+    ("first", "then", "counts"),
+    [
+        # Of keep_m * m, m + g, g * g, keep_v * v, v + g * g two are gone; the rate, and epsilon.
+        ((0.9, 0.999), (0.9, 0.999), [4 - 1, 3 - 1]),
+        # In units of other factors g and g * g are multiplied first, in the same memory.
+        ((0.8, 0.99), (0.7, 0.9), [6 - 1, 3]),
+    ],
+)
+def test_calls_on_neighbours_are_one(first, then, counts, dtype, size):
+    """Adam's two averages lie side by side: up to two calls fewer, whatever their factors are."""
+
+    def training():
+        w = tg.Variable(np.linspace(-1.0, 1.0, size, dtype=dtype))
+        optimizer = tg.optimizers.Adam()
+
+        def step(x):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(w * w * x)
+            optimizer.apply([tape.gradient(loss, w)], [w])
+
+        return w, optimizer, step
+
+    (w, optimizer, step), (v, other, plain) = training(), training()
+    x = tg.constant(np.linspace(0.0, 2.0, size, dtype=dtype))
+    for call in (step, plain):
+        call(x)  # the averages' units are of the first factors
+    compiled = tg.function(step)
+    for betas in (first, first, first, then, first, then):
+        for o in (optimizer, other):
+            o.beta_1, o.beta_2 = betas
+        compiled(x)
+        plain(x)
+        assert_same(w, v)
+    calls = compiled.explain_program().partition("else:")[2]
+    assert [calls.count(f"{name}(") for name in ("multiply", "add")] == counts
+
+
+def test_calls_on_neighbours_keep_their_order():
+    """What one call writes and another reads between the two of them is not gone past."""
+    a, b, c, d = (x.reshape(-1) for x in neighbours(4, "f4", [1.0, 2.0, 3.0, 4.0]))
+    numbers = SimpleNamespace(spread=lambda first, second, size: None)
+
+    def joined(*calls):
+        return [
+            (call.ufunc, [x.size for x in call.operands])
+            for call in _joined([_Call(name, list(operands)) for name, *operands in calls], numbers)
+        ]
+
+    pair = [("exp", [8, 8])]
+    assert joined(("exp", a, c), ("exp", b, d)) == pair
+    assert joined(("exp", a, c), ("sqrt", a, a), ("exp", b, d)) == [*pair, ("sqrt", [4, 4])]
+    assert joined(("exp", a, c), ("sqrt", b, b), ("exp", b, d)) == [("sqrt", [4, 4]), *pair]
+    assert len(joined(("exp", a, c), ("add", a, b, a), ("sqrt", b, b), ("exp", b, d))) == 4
+    assert len(joined(("exp", a, b), ("exp", b, c))) == 2
+    assert len(joined(("exp", b, d), ("exp", a, c))) == 2
+    assert len(joined(("exp", a, c), ("sqrt", b, d))) == 2
 
 
 def test_an_update_that_is_more_than_ufuncs_is_called():
