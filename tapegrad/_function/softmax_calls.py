@@ -151,9 +151,9 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     """Let everything run along contiguous rows: one row for each class.
 
     Exponentials are taken of the logits as they are, no reduction before them, and the loss is the
-    logarithm of their sum over the label's own: as exact near 0 as one may wish. Where one of the
-    two is near the ends of what its type can hold (logits beyond 86 in float32), a NaN sends the
-    call the careful way.
+    logarithm of their sum over the label's own: exact near 0 too. Where one of the two is near the
+    ends of what its type can hold (logits beyond some 80 in float32), a NaN sends the call the
+    careful way.
     """
     logits, labels = step.inputs
     loss = step.outputs[0]
@@ -175,8 +175,8 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     hot, ratio = b.arena((classes, n), dtype), b.arena((n,), dtype)
     both, sums = b.arena((2 * classes, n), dtype), b.arena((classes + 2, n), dtype)
     e, of_label = b.rows(both, 0, classes), b.rows(both, classes, 2 * classes)
-    each = b.rows(sums, 0, classes)
-    once, label = b.view(sums, (n,), lambda a: a[-2]), b.view(sums, (n,), lambda a: a[-1])
+    each, one = b.rows(sums, 0, classes), b.view(sums, (n,), lambda a: a[classes - 1])
+    scaled_label = b.view(sums, (n,), lambda a: a[-1])
     # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
     b.line("if not {}.tobytes().isascii(): wrong_labels({}, {})", t, t, classes)
     one_hot = np.eye(classes, classes + 1, dtype=dtype) * dtype.type(factor)
@@ -185,20 +185,22 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     b.call("exp", b.turned(x), e)
     b.call("multiply", e, hot, of_label)
     # A product with a square of ones sums over the classes and spreads the sum over them: half the
-    # time of calls that reduce and broadcast. The gradient's factor comes with it.
+    # time of calls that reduce and broadcast. The gradient's factor comes with it. Below are the
+    # label's own exponential, as small as it was on the way, and with the factor of the sums.
     summing = aligned((classes + 2, 2 * classes), dtype, 0)
-    summing[:classes, :classes] = summing[-1, classes:] = 1 / factor
-    summing[-2, :classes] = 1
+    summing[:classes, :classes] = 1 / factor
+    summing[-2, classes:] = 1
+    summing[-1, classes:] = 1 / factor**2
     b.call("dot", static(summing), both, sums)
     b.call("divide", e, each, out)
     b.call("subtract", out, hot, out)
     # The byte that holds the exponent says whether a number is very small or very large.
     top = dtype.itemsize - 1 if sys.byteorder == "little" else 0
-    ends = b.view(sums, (2, n), lambda a: a[-2:].view(np.uint8)[:, top :: dtype.itemsize])
-    exponents = b.local((2 * n,), np.uint8)
-    b.line("{} = {}.tobytes()", exponents, ends)
-    b.line("if 0 in {} or 127 in {}: {}[0] = nan", exponents, exponents, once)
-    b.call("divide", once, label, ratio)
+    last = b.view(sums, (3, n), lambda a: a[-3:].view(np.uint8)[:, top :: dtype.itemsize])
+    exponents = b.local((3 * n,), np.uint8)
+    b.line("{} = {}.tobytes()", exponents, last)
+    b.line("if 0 in {} or 127 in {}: {}[0] = nan", exponents, exponents, one)
+    b.call("divide", one, scaled_label, ratio)
     if total_step is None:
         b.call("log", ratio, b.out(step))
         return True

@@ -205,29 +205,42 @@ def test_losses_far_from_the_label(other, reduction, batch, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-@pytest.mark.parametrize("offset", [-900.0, -100.0, -88.0, -86.0, -60.0, 60.0, 86.0, 88.0, 900.0])
-def test_logits_far_from_zero(offset, dtype):
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("batch", [16, 4096])
+@pytest.mark.parametrize(("reduction", "scale"), [("mean", 1.0), ("sum", 1.0), ("mean", 2.0**20)])
+@pytest.mark.parametrize(
+    # Of five equal logits of 88 the sum overflows alone; of 85 and 83, and of -80 and -86 in the
+    # other direction, with the factor of a gradient of a mean.
+    "offset",
+    [-900.0, -100.0, -88.0, -86.0, -80.0, -60.0, 60.0, 80.0, 83.0, 85.0, 88.0, 900.0],
+)
+def test_logits_far_from_zero(offset, reduction, scale, batch, spread, dtype):
     """Softmax does not mind what is added to all logits; an exponential of them does."""
     rng = np.random.default_rng(3)
-    labels = tg.constant(rng.integers(0, 5, 16))
-    x = tg.constant(rng.normal(size=(16, 4)).astype(dtype))
-    w, b = tg.Variable(rng.normal(size=(4, 5)).astype(dtype)), tg.Variable(np.zeros(5, dtype))
+    labels = tg.constant(rng.integers(0, 5, batch))
+    x = tg.constant(rng.normal(size=(batch, 4)).astype(dtype))
+    w = tg.Variable((spread * rng.normal(size=(4, 5))).astype(dtype))
+    b = tg.Variable(np.zeros(5, dtype))
     optimizer = tg.optimizers.SGD(0.0)
 
     @tg.function
     def step(x, offset):
         with tg.GradientTape() as tape:
-            loss = tg.nn.softmax_cross_entropy(tg.nn.linear(x, w, b) + offset, labels)
+            logits = tg.nn.linear(x, w, b) + offset
+            loss = scale * tg.nn.softmax_cross_entropy(logits, labels, reduction=reduction)
         gradients = tape.gradient(loss, [w, b])
         optimizer.apply(gradients, [w, b])
         return loss, *gradients
 
-    want = step(x, tg.zeros((16, 5), dtype=dtype))
+    want = step(x, tg.zeros((batch, 5), dtype=dtype))
+    far = tg.ones((batch, 5), dtype=dtype) * np.array(offset, dtype)
     for _ in range(3):
-        got = step(x, tg.ones((16, 5), dtype=dtype) * np.array(offset, dtype))
+        got = step(x, far)
     assert "maximum_reduce" not in step.explain_program()
-    # The sums of logit and offset are rounded.
-    assert_same(got, want, 8 * abs(offset) * np.finfo(dtype).eps)
+    # Sums of logit and offset are rounded; those of gradients over the batch cancel.
+    roundings = 20 + 8 * spread * abs(offset)
+    assert_same(got[0], want[0], roundings * np.finfo(dtype).eps)
+    assert_same(got[1:], want[1:], (roundings + batch / 16) * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("batch", [2, 3, 7])
