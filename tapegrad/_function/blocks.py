@@ -6,6 +6,7 @@ next call needs is still in cache, and what only the run itself needs never leav
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -221,8 +222,9 @@ class SoftmaxCrossEntropy:
     """Losses of rows and their gradients in one pass over memory.
 
     factor  by which the gradient is multiplied afterwards, or None.
-    exact   whether every operation is the meaning's own. Else sums are products with ones, and
-            dividing by them is one product with the factor: three passes over a block fewer.
+    exact   whether every operation is the meaning's own. Else sums are products with ones, dividing
+            by them is one product with the factor, and exponentials are those of the logits, not
+            of their distances to the largest: five passes over a block fewer.
     """
 
     __name__ = "softmax_cross_entropy"
@@ -238,7 +240,8 @@ class SoftmaxCrossEntropy:
         self._shape = shape
         self._meaning = meaning
         self._factor = factor
-        self._share = np.array(1 if factor is None else factor, dtype)
+        self._one = np.array(1, dtype)
+        self._share = self._one if factor is None else np.array(factor, dtype)
         self._ones = None if exact else np.ones(shape[1], dtype)
         rows, classes = shape
         self._block = max(1, BLOCK // classes)
@@ -246,9 +249,7 @@ class SoftmaxCrossEntropy:
         self._starts = np.arange(block) * classes
         self._scratch = [
             (
-                np.empty((block, 1), dtype),
-                np.empty((block, 1), dtype),
-                np.empty(block, dtype),
+                np.empty((2, block), dtype),
                 np.empty(block, np.int64),
                 np.empty((block, classes), dtype),
             )
@@ -260,34 +261,17 @@ class SoftmaxCrossEntropy:
 
         def work(s: slice, lane: int) -> None:
             n = s.stop - s.start
-            top, total, picked, place, spare = (a[:n] for a in self._scratch[lane])
+            sums, places, spare = self._scratch[lane]
             x, t, loss = logits[s], labels[s], losses[s]
-            p = spare if gradient is None else gradient[s]
-            np.maximum.reduce(x, 1, None, top, keepdims=True)
-            np.subtract(x, top, p)
+            total, picked, place = sums[0, :n], sums[1, :n], places[:n]
+            p = spare[:n] if gradient is None else gradient[s]
             np.add(t, self._starts[:n], place)
-            flat = p.reshape(-1)
-            flat.take(place, None, picked, "clip")
-            np.exp(p, p)
-            if self._ones is None:
-                np.add.reduce(p, 1, None, total, keepdims=True)
-            else:
-                p.dot(self._ones, total[:, 0])
-            np.log(total[:, 0], loss)
-            np.subtract(loss, picked, loss)
-            special = np.isnan(total).any()
+            quick = self._quickly(x, p, total, picked, place, loss)
+            if not quick:
+                self._carefully(x, p, total, picked, place, loss)
             if gradient is not None:
-                if self._ones is None:
-                    np.divide(p, total, p)
-                else:
-                    np.divide(self._share, total, total)
-                    np.multiply(p, total, p)
-                flat.take(place, None, picked, "clip")
-                np.subtract(picked, 1 if self._ones is None else self._share, picked)
-                flat.put(place, picked)
-                if self._ones is None and self._factor is not None:
-                    np.multiply(p, self._factor, p)
-            if special:  # rows of -inf alone or with a NaN: as the meaning says
+                self._derive(p, total, picked, place)
+            if not quick and np.isnan(loss).any():  # a row of -inf alone, or one with a NaN
                 answer = self._meaning(x, t)
                 if gradient is None and not isinstance(answer, tuple):
                     loss[...] = answer
@@ -297,3 +281,59 @@ class SoftmaxCrossEntropy:
                         p[...] = answer[1] if self._factor is None else answer[1] * self._factor
 
         for_rows(rows, self._block, rows * classes, work)
+
+    def _quickly(
+        self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
+    ) -> bool:
+        """Let p be the exponentials of x; tell whether none is too large or small to go on."""
+        if self._ones is None:
+            return False
+        np.exp(x, p)
+        p.dot(self._ones, total)
+        p.reshape(-1).take(place, None, picked, "clip")
+        if not (_ordinary(total) and _ordinary(picked)):
+            return False
+        np.divide(total, picked, loss)
+        np.log(loss, loss)
+        return True
+
+    def _carefully(
+        self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
+    ) -> None:
+        """Let p be the exponentials of x relative to each row's largest."""
+        column = total[:, None]
+        np.maximum.reduce(x, 1, None, column, keepdims=True)
+        np.subtract(x, column, p)
+        p.reshape(-1).take(place, None, picked, "clip")
+        np.exp(p, p)
+        if self._ones is None:
+            np.add.reduce(p, 1, None, column, keepdims=True)
+        else:
+            p.dot(self._ones, total)
+        np.log(total, loss)
+        np.subtract(loss, picked, loss)
+
+    def _derive(self, p: Array, total: Array, picked: Array, place: Array) -> None:
+        """Let p be the gradient, of exponentials and their sums."""
+        column, flat, share = total[:, None], p.reshape(-1), self._share
+        if self._ones is None:
+            np.divide(p, column, p)
+            share = self._one
+        else:
+            np.divide(share, total, total)
+            np.multiply(p, column, p)
+        flat.take(place, None, picked, "clip")
+        np.subtract(picked, share, picked)
+        flat.put(place, picked)
+        if self._ones is None and self._factor is not None:
+            np.multiply(p, self._factor, p)
+
+
+def _ordinary(x: Array) -> bool:
+    """Tell whether numbers that are not negative are neither NaN nor near what a type can hold.
+
+    The byte that holds the exponent says so: a fifth of what comparisons take.
+    """
+    top = x.itemsize - 1 if sys.byteorder == "little" else 0
+    exponents = x.view(np.uint8)[top :: x.itemsize].tobytes()
+    return not (0 in exponents or 127 in exponents or 255 in exponents)
