@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,23 +54,34 @@ def for_blocks(size: int, work: Callable[[slice, int], None]) -> None:
     for_rows(size, BLOCK, size, work)
 
 
-def for_rows(rows: int, block: int, size: int, work: Callable[[slice, int], None]) -> None:
-    """Do what `for_blocks` does, in blocks of so many rows, which hold `size` elements in all."""
+def for_rows(
+    rows: int, block: int, size: int, work: Callable[[slice, int], None], *, fixed: bool = False
+) -> None:
+    """Do what `for_blocks` does, in blocks of so many rows, which hold `size` elements in all.
+
+    fixed  whether the same lane gets the same blocks each time: for sums that must not depend on
+           which thread was faster. Else each lane takes the next block that is left.
+    """
     count = lanes(size)
+    starts = range(0, rows, block)
     if count == 1:
-        _lane(work, block, 0, 0, rows)
+        _lane(work, block, rows, 0, iter(starts))
         return
-    share = max(1, -(-rows // count // block)) * block
+    share = -(-len(starts) // count)
+    left = iter(starts)  # shared: Python's lock makes taking the next one a single step
+    taken = [
+        iter(starts[first : first + share]) if fixed else left
+        for first in range(0, len(starts), share)
+    ]
     # Each lane but this thread's own in a copy of its context: NumPy keeps there what it warns of.
     others = [
-        _threads().submit(
-            contextvars.copy_context().run, _lane, work, block, i, start, min(start + share, rows)
-        )
-        for i, start in enumerate(range(share, rows, share), 1)
+        _threads().submit(contextvars.copy_context().run, _lane, work, block, rows, i, each)
+        for i, each in enumerate(taken)
+        if i
     ]
     problem: BaseException | None = None
     try:
-        _lane(work, block, 0, 0, min(share, rows))
+        _lane(work, block, rows, 0, taken[0])
     except BaseException as error:
         problem = error
     _wait(others, problem)
@@ -90,6 +101,8 @@ def _wait(lanes: list[Future[None]], problem: BaseException | None) -> None:
         raise problem
 
 
-def _lane(work: Callable[[slice, int], None], block: int, lane: int, start: int, end: int) -> None:
-    for first in range(start, end, block):
-        work(slice(first, min(first + block, end)), lane)
+def _lane(
+    work: Callable[[slice, int], None], block: int, rows: int, lane: int, starts: Iterator[int]
+) -> None:
+    for first in starts:
+        work(slice(first, min(first + block, rows)), lane)

@@ -28,10 +28,36 @@ class _Operand(NamedTuple):
     rows: bool
 
 
+def keep_positive(y: Array, g: Array, mask: Array, out: Array) -> None:
+    """Let out be g where y > 0, else 0, all of them given as their bits; mask is scratch.
+
+    The bits of what is not above 0 are 0, but for NaN and what has a sign: as unsigned numbers
+    these are above those of infinity.
+    """
+    np.sign(y, mask)
+    infinity = _BITS_OF_INFINITY[y.itemsize]
+    if np.maximum.reduce(y, axis=None, initial=0) > infinity:
+        mask[y > infinity] = 0
+    np.multiply(g, mask, out)
+
+
+_BITS_OF_INFINITY = {
+    4: np.array(np.inf, np.float32).view(np.uint32)[()],
+    8: np.array(np.inf, np.float64).view(np.uint64)[()],
+}
+
+# What is called beside NumPy's own functions.
+OWN_CALLS: dict[str, Callable[..., None]] = {"keep_positive": keep_positive}
+
+# Blocks from which rows that all blocks share are written out for a whole one: a call on arrays of
+# one shape takes two thirds of the time of one that spreads a row.
+_MANY = 32
+
+
 class Run:
     """Elementwise calls on arrays of the same rows, made for one block of rows after the other.
 
-    calls    functions with their operands, of which the last is written.
+    calls    names of functions with their operands, of which the last is written.
     sums     matrices whose rows are summed on the way, where the sums go, and their types.
     scratch  shapes of rows, and types, of what only the calls themselves need.
     """
@@ -40,50 +66,123 @@ class Run:
 
     def __init__(
         self,
-        calls: Sequence[tuple[Callable[..., Any], list[_Operand]]],
+        calls: Sequence[tuple[str, list[_Operand]]],
         sums: Sequence[tuple[_Operand, _Operand, Any]],
         shape: tuple[int, ...],
         scratch: Sequence[tuple[tuple[int, ...], Any]],
+        locals_: int,
     ) -> None:
-        self._calls = calls
-        self._sums = sums
         self._rows = shape[0]
-        size = int(np.prod(shape))
-        self._size = size
-        self._block = max(1, BLOCK * shape[0] // size)
-        self._scratch = [
-            [np.empty((min(self._block, self._rows), *tail), dtype) for tail, dtype in scratch]
+        self._size = size = int(np.prod(shape))
+        self._block = min(self._rows, max(1, BLOCK * shape[0] // size))
+        self._sums = [out for _, out, _ in sums]
+        # For each lane, the sum of one block, and of all of them.
+        self._partial = [np.zeros((lanes(size), 2, *shape[1:]), dtype) for _, _, dtype in sums]
+        own = [
+            [np.empty((self._block, *tail), dtype) for tail, dtype in scratch]
+            + [np.ones(self._block, dtype) for _, _, dtype in sums]
             for _ in range(lanes(size))
         ]
-        self._ones = [np.ones(self._block, dtype) for _, _, dtype in sums]
-        # For each lane, the sum of one block, and of all of them.
-        self._partial = [np.empty((lanes(size), 2, *shape[1:]), dtype) for _, _, dtype in sums]
+        written = _Blocks(
+            self._block,
+            own,
+            shape if len(shape) > 1 and self._rows >= _MANY * self._block else None,
+        )
+        for name, operands in calls:
+            out = "out={}" if name in ("maximum", "minimum") else "{}"
+            written.call(f"{name}({'{}, ' * (len(operands) - 1)}{out})", operands)
+        for i, ((x, _, _), partial) in enumerate(zip(sums, self._partial, strict=True)):
+            written.sum(x, len(scratch) + i, partial)
+        self._work = written.compile(locals_)
+        self._spread = written.spread
 
     def __call__(self, *arrays: Array) -> None:
-        calls, scratch, sums = self._calls, self._scratch, self._sums
-
-        def taken(operand: _Operand, s: slice, lane: int) -> Array:
-            array, local, spare, rows = operand
-            if spare >= 0:
-                part = scratch[lane][spare][: s.stop - s.start]
-                return part if array is None else part.view(array)
-            whole = arrays[local] if local >= 0 else array
-            return whole[s] if rows else whole
-
-        def work(s: slice, lane: int) -> None:
-            for function, operands in calls:
-                *given, out = [taken(operand, s, lane) for operand in operands]
-                function(*given, out=out)
-            for (x, _, _), ones, partial in zip(sums, self._ones, self._partial, strict=True):
-                one, total = partial[lane]
-                ones[: s.stop - s.start].dot(taken(x, s, lane), one)
-                np.add(total, one, total)
-
+        """Do the calls, with these arrays as the locals."""
         for partial in self._partial:
             partial[:, 1] = 0
-        for_rows(self._rows, self._block, self._size, work)
-        for (_, out, _), partial in zip(sums, self._partial, strict=True):
-            partial[:, 1].sum(0, out=taken(out, slice(0), 0))
+        for row, whole in self._spread:
+            whole[...] = row
+        work = self._work(*arrays)
+        for_rows(self._rows, self._block, self._size, work, fixed=bool(self._sums))
+        for out, partial in zip(self._sums, self._partial, strict=True):
+            partial[:, 1].sum(0, out=arrays[out.local] if out.local >= 0 else out.array)
+
+
+class _Blocks:
+    """Writes a function that does the calls for one block, as lines of Python.
+
+    Blocks of 1 << 16 numbers take 5 us a call; looking up which operand is what took 1 of them.
+
+    own     scratch of each lane, for whole blocks.
+    shape   of the arrays, if there are so many blocks that rows are better spread.
+    spread  rows, and the blocks that they are copied to before each run.
+    """
+
+    def __init__(self, block: int, own: list[list[Array]], shape: tuple[int, ...] | None) -> None:
+        self._block, self._own, self._shape = block, own, shape
+        self._lines: list[str] = []
+        self._names: dict[Any, str] = {}
+        self._space: dict[str, Any] = {"own": own, "block": block, **OWN_CALLS}
+        self._taken: list[str] = []
+        self.spread: list[tuple[Array, Array]] = []
+
+    def call(self, text: str, operands: Sequence[_Operand]) -> None:
+        name = text.partition("(")[0]
+        self._space.setdefault(name, getattr(np, name, None))
+        self._lines.append(text.format(*map(self._name, operands)))
+
+    def sum(self, x: _Operand, ones: int, partial: Array) -> None:
+        name = self._bind(partial)
+        self._space["add"] = np.add
+        self._lines.append(f"one, total = {name}[lane]")
+        self._lines.append(f"k{ones}.dot({self._name(x)}, one)")
+        self._lines.append("add(total, one, total)")
+
+    def _bind(self, x: Any) -> str:
+        name = f"c{len(self._space)}"
+        self._space[name] = x
+        return name
+
+    def _name(self, operand: _Operand) -> str:
+        array, local, spare, rows = operand
+        key = local, spare, rows, id(array) if spare < 0 else array
+        known = self._names.get(key)
+        if known is not None:
+            return known
+        if spare >= 0:
+            name = f"k{spare}" if array is None else f"k{spare}.view({self._bind(array)})"
+        else:
+            whole = f"x{local}" if local >= 0 else self._bind(array)
+            if rows:
+                name = f"b{len(self._taken)}"
+                self._taken.append(f"{name} = {whole}[s]")
+            elif array is not None and self._shape is not None and array.shape == self._shape[1:]:
+                name = self._spread(array)
+            else:
+                name = whole
+        self._names[key] = name
+        return name
+
+    def _spread(self, row: Array) -> str:
+        """Return the name of a whole block of copies of a row, one that all lanes read."""
+        whole = np.empty((self._block, *row.shape), row.dtype)
+        self.spread.append((row, whole))
+        name = f"w{len(self.spread)}"
+        self._taken.append(f"{name} = {self._bind(whole)}[:n]")
+        return name
+
+    def compile(self, locals_: int) -> Callable[..., Callable[[slice, int], None]]:
+        """Return a function that takes the locals, and returns one of a block and a lane."""
+        scratch = [f"k{i}" for i in range(len(self._own[0]))]
+        lines = ["n = s.stop - s.start"]
+        if scratch:
+            lines.append(f"{', '.join(scratch)}, = own[lane]")
+            cut = "; ".join(f"{name} = {name}[:n]" for name in scratch)
+            lines.append(f"if n != block: {cut}")
+        text = f"def bind({', '.join(f'x{i}' for i in range(locals_))}):\n  def work(s, lane):\n"
+        text += "".join(f"    {line}\n" for line in [*lines, *self._taken, *self._lines])
+        exec(compile(text + "  return work\n", "<blocks>", "exec"), self._space)  # our own text
+        return self._space.pop("bind")  # type: ignore[no-any-return]
 
 
 def in_blocks(lowered: Lowering) -> None:
@@ -196,7 +295,7 @@ def _run(
 
     def make() -> Run:
         """Build the run once the arena has its memory."""
-        bound: list[tuple[Callable[..., Any], list[_Operand]]] = []
+        bound: list[tuple[str, list[_Operand]]] = []
         sums: list[tuple[_Operand, _Operand, Any]] = []
         for name, operands in calls:
             given = []
@@ -210,8 +309,8 @@ def _run(
             if name is None:
                 sums.append((given[0], given[1], operands[0][0].dtype))
             else:
-                bound.append((getattr(np, name), given))
-        return Run(bound, sums, shape, scratch)
+                bound.append((name, given))
+        return Run(bound, sums, shape, scratch, len(locals_))
 
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
     line.make = make

@@ -379,9 +379,9 @@ class Lowering:
         place.turned = True
         return place
 
-    def integers(self, place: Place, letter: str = "u") -> Place:
-        """Return the bits of a place's numbers as integers of their size, "i" for signed ones."""
-        kind = np.dtype(f"{letter}{place.dtype.itemsize}")
+    def integers(self, place: Place) -> Place:
+        """Return the bits of a place's numbers as unsigned integers of their size."""
+        kind = np.dtype(f"u{place.dtype.itemsize}")
         if place.kind == "local":
             bits = Place("local", place.shape, kind, root=place.root)
             bits.name = f"{place.name}.view({kind.name})"

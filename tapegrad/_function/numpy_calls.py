@@ -362,13 +362,9 @@ def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
         b.call("multiply", b.integers(gradient), mask, b.integers(place))
         return True
     if b.layout.active:
-        # Exact whatever g and y are: the bits of g where y > 0, else those of 0.
-        chosen = b.like(y, turned, np.dtype(np.bool_))
-        minus = b.integers(chosen, "i")
+        mask = b.integers(b.like(y, turned))
         place = b.out(step, g)
-        b.call("greater", output, _number(0, y.dtype), chosen)
-        b.call("negative", minus, minus)
-        b.call("bitwise_and", b.integers(gradient, "i"), minus, b.integers(place, "i"))
+        b.call("keep_positive", b.integers(output), b.integers(gradient), mask, b.integers(place))
         return True
     mask = b.like(y, turned)
     place = b.out(step)

@@ -19,7 +19,7 @@ from tapegrad._function import (
     softmax_calls,  # noqa: F401  likewise
     update_calls,  # noqa: F401  likewise
 )
-from tapegrad._function.blocks import in_blocks
+from tapegrad._function.blocks import OWN_CALLS, in_blocks
 from tapegrad._function.layout import Layout
 from tapegrad._function.lease import Lease
 from tapegrad._function.lowering import Line, Lowering, Place
@@ -89,9 +89,6 @@ _NAMES: dict[str, Any] = {
     "empty": np.empty,
     "nan": np.nan,
     "broadcast_to": np.broadcast_to,
-    "int8": np.int8,
-    "int32": np.int32,
-    "int64": np.int64,
     "uint32": np.uint32,
     "uint64": np.uint64,
     "wrong_labels": _wrong_labels,
@@ -101,6 +98,7 @@ _NAMES: dict[str, Any] = {
     "mask_by": _mask_by,
     "one_less": _one_less,
     "check_labels": _check_labels,
+    **OWN_CALLS,
 }
 
 
