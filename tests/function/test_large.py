@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 
 import numpy as np
@@ -46,12 +47,18 @@ def test_random_programs_rewritten(seed, everything_is_large):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("special", [0.0, np.nan, -np.inf])
+@pytest.mark.parametrize(
+    "special",
+    [0.0, np.nan, -np.nan, -np.inf, np.inf, 800.0, -800.0, [-800.0, 0.0, 1.0], [800.0, 0.0, -1.0],
+     [709.5, 709.5, 709.5], [-708.0, -708.0, 0.0]],
+)  # fmt: skip
 def test_cross_entropy_by_rows(reduction, special, everything_is_large):
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(25, 3)) * 5.0
     logits[7] = special
-    x, labels = tg.Variable(logits), tg.constant(rng.integers(0, 3, 25))
+    classes = rng.integers(0, 3, 25)
+    classes[7] = 0
+    x, labels = tg.Variable(logits), tg.constant(classes)
 
     def step(labels):
         with tg.GradientTape() as tape:
@@ -66,7 +73,7 @@ def test_cross_entropy_by_rows(reduction, special, everything_is_large):
     assert "softmax_cross_entropy" in f.explain_program()
 
 
-@pytest.mark.parametrize("rows", [2, 3, 7, 24, 25])
+@pytest.mark.parametrize("rows", [2, 3, 7, 24, 25, 70, 71])  # from 64 on rows are spread
 def test_rows_are_summed_on_the_way(rows, everything_is_large):
     """Of two biases in one run; of what is used otherwise, before and after."""
     rng = np.random.default_rng(rows)
@@ -80,12 +87,66 @@ def test_rows_are_summed_on_the_way(rows, everything_is_large):
         return y, z, of_x, of_b, of_c, of_x - of_b, tg.exp(of_c)
 
     f = tg.function(step)
-    want = step(g)
-    for _ in range(5):
-        assert_same(f(g), want, rtol=1e-14)
+    for i in range(5):
+        b.assign(b + float(i))
+        assert_same(f(g), step(g), rtol=1e-14)
     text = f.explain_program()
     assert "run" in text
     assert "dot" not in text
+
+
+def test_sums_do_not_depend_on_the_faster_thread(everything_is_large, monkeypatch):
+    """A lane adds up its own blocks: which these are is fixed where something is added up."""
+    rng = np.random.default_rng(0)
+    x, b = tg.Variable(rng.normal(size=(200, 4))), tg.Variable(rng.normal(size=4))
+    g = tg.constant(rng.normal(size=(200, 4)))
+
+    def step(g):
+        with tg.GradientTape() as tape:
+            y = tg.nn.relu(x + b)
+        return tape.gradient(y, b, output_gradients=g)
+
+    f = tg.function(step)
+    lane = _blocks._lane
+
+    def uneven(work, *rest):
+        def delayed(s, number):
+            if rng.random() < 0.1:
+                time.sleep(1e-4)
+            work(s, number)
+
+        lane(delayed, *rest)
+
+    monkeypatch.setattr(_blocks, "_lane", uneven)
+    found = {f(g).numpy().tobytes() for _ in range(20)}
+    assert "run" in f.explain_program()
+    assert len(found) <= 2  # of the eager calls at first, and of all others
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_ordinary_numbers(dtype):
+    info = np.finfo(dtype)
+    for x in (1.0, 1e-30, 1e30, float(info.tiny) * 2**20, float(info.max) / 2**20):
+        assert blocks._ordinary(np.array([1.0, x, 1.0], dtype))
+    for x in (0.0, info.smallest_subnormal, info.tiny, info.max, np.inf, np.nan, -np.nan):
+        assert not blocks._ordinary(np.array([1.0, x, 1.0], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_what_is_kept_where_a_number_is_positive(dtype):
+    tiny = np.nextafter(np.array(0, dtype), np.array(1, dtype))
+    huge = np.finfo(dtype).max
+    numbers = [0.0, -0.0, 1.0, -1.0, tiny, -tiny, huge, -huge, np.inf, -np.inf, np.nan, -np.nan]
+    y, g = (x.ravel() for x in np.meshgrid(np.array(numbers, dtype), np.array(numbers, dtype)))
+    want = np.where(y > 0, g, 0)
+    bits = f"u{y.itemsize}"
+    for part in (slice(None), y >= 0, y == 1.0, slice(0, 0)):  # with and without what is rare
+        out, mask = np.empty_like(g[part]), np.empty(y[part].shape, bits)
+        blocks.keep_positive(y[part].view(bits), g[part].view(bits), mask, out.view(bits))
+        np.testing.assert_array_equal(out, want[part])
+        own = g[part].view(bits)
+        blocks.keep_positive(y[part].view(bits), own, mask, own)  # in place
+        np.testing.assert_array_equal(own.view(dtype), want[part])
 
 
 @pytest.mark.parametrize("kind", LOSSES)
