@@ -355,23 +355,29 @@ def test_many_variables_make_one_long_buffer():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_blocks_cover_every_element_once(monkeypatch, threads):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_blocks_cover_every_element_once(monkeypatch, fixed, threads):
     monkeypatch.setattr(_blocks, "BLOCK", 8)
     monkeypatch.setattr(_blocks, "_THREADS_FROM", 40)
     monkeypatch.setattr(_blocks, "_THREADS", threads)
     for size in [*range(130), 1000, 1024, 1025]:
         seen = np.zeros(size, int)
-        workers = set()
+        lanes, workers = {}, {}
 
-        def work(s, lane, seen=seen, workers=workers):
+        def work(s, lane, seen=seen, lanes=lanes, workers=workers):
             assert 0 < s.stop - s.start <= 8
             seen[s] += 1
-            workers.add(threading.get_ident())
+            lanes.setdefault(lane, []).append(s.start)
+            assert workers.setdefault(lane, threading.get_ident()) == threading.get_ident()
 
-        _blocks.for_blocks(size, work)
+        _blocks.for_rows(size, 8, size, work, fixed=fixed)
         assert (seen == 1).all()
-        assert (threading.get_ident() in workers) == (size > 0)  # this thread does its part
         assert len(workers) <= (1 if size < 40 else threads)
+        if fixed:
+            assert workers.get(0) in (None, threading.get_ident())
+            share = -(-len(range(0, size, 8)) // _blocks.lanes(size)) * 8
+            for lane, starts in lanes.items():
+                assert starts == list(range(lane * share, min((lane + 1) * share, size), 8))
 
 
 def test_what_a_block_raises_is_raised(monkeypatch):
