@@ -27,7 +27,7 @@ class FlatUpdate(Update):
     for those that `numbers` takes by name.
     """
 
-    __slots__ = ("_named", "numbers", "of_step", "rule", "settings")
+    __slots__ = ("_known", "_named", "numbers", "of_step", "rule", "settings")
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class FlatUpdate(Update):
         self.of_step = of_step
         code = numbers.__code__
         self.settings = code.co_argcount + (of_step is not None)
+        self._known: dict[Any, Any] = {}  # what `_on_host` has found
         self._named = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]
 
     def _forward(self, xp: Module, *inputs: Any, **params: Any) -> None:
@@ -52,20 +53,40 @@ class FlatUpdate(Update):
         g = arrays[-1]
         wide = computed_in(g.dtype)
         settings, factors = settings[: self.settings], settings[self.settings :]
-        if xp is np:  # asking for a device's values would wait for it: it computes where they are
-            settings = tuple([x.item() for x in settings])
-        units, params = self.split(params)
-        if self.of_step is None:
-            found = self.numbers(*settings, **units)
-        else:
-            changing = self.of_step(*settings[1:], **units)(settings[0])
-            found = (*self.numbers(*settings[1:], **units), *changing)
-        if xp is np:  # a ufunc takes an array without axes in two thirds of the time of a scalar
-            numbers = [np.array(k, wide) for k in found]
-        else:
+        if xp is np:
+            numbers, params = self._on_host([x.item() for x in settings], params, wide)
+        else:  # asking for a device's values would wait for it: it computes where they are
+            units, params = self.split(params)
+            if self.of_step is None:
+                found = self.numbers(*settings, **units)
+            else:
+                changing = self.of_step(*settings[1:], **units)(settings[0])
+                found = (*self.numbers(*settings[1:], **units), *changing)
             numbers = [k.astype(wide) for k in found]
+        scratch = spares(xp, g.size, wide)
+        if g.size <= BLOCK and g.dtype == wide and not factors:
+            self.rule(xp, *arrays, scratch[0], *numbers, **params)
+            return
         factor = factors[0].astype(wide) if factors else None
-        self.update_blocks(xp, arrays, spares(xp, g.size, wide), numbers, factor, **params)
+        self.update_blocks(xp, arrays, scratch, numbers, factor, **params)
+
+    def _on_host(
+        self, settings: list[Any], params: dict[str, Any], dtype: np.dtype[Any]
+    ) -> tuple[list[Array], dict[str, Any]]:
+        """Return the rule's numbers and its parameters; most are those of the step before."""
+        step = settings.pop(0) if self.of_step is not None else None
+        key = (dtype, *settings, *params.items())
+        known = self._known.get(key)
+        if known is None:
+            units, rest = self.split(params)
+            at = None if self.of_step is None else self.of_step(*settings, **units)
+            # A ufunc takes an array without axes in two thirds of the time of a scalar.
+            constant = [np.array(k, dtype) for k in self.numbers(*settings, **units)]
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            known = self._known[key] = constant, at, rest
+        constant, at, rest = known
+        return constant if at is None else constant + [np.array(k, dtype) for k in at(step)], rest
 
     def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the parameters that `numbers` takes, and those that the rule does."""
@@ -103,6 +124,9 @@ class FlatUpdate(Update):
             update(arrays, scratch[0])
         else:
             for_blocks(arrays[0].size, block)
+
+
+_MOST_KNOWN = 64
 
 
 def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -260,6 +260,7 @@ class _Run(NamedTuple):
     slots: tuple[Variable, ...]
     gradients: Variable
     places: tuple[int, ...]  # of each gradient, from the beginning of the run
+    views: tuple[Array, ...]  # of where they go, in their shapes
     # A run for each of them, where that costs less than to gather the gradients: on NumPy, and
     # not in a program, which computes them where they are gathered.
     parts: tuple[_Run, ...]
@@ -356,9 +357,15 @@ class _Group:
             ),
             over_memory(self._gradient_buffer, self._gradients[part]),
             tuple(self._places[i] - start for i in stretch),
+            tuple(self._gradient_of(i) for i in stretch),
             tuple(self._run([i], padded=False) for i in stretch) if apart else (),
             {f"unit_of_{name}": unit for name, unit in self.units.items()},
         )
+
+    def _gradient_of(self, i: int) -> Array:
+        """Return where a member's gradient goes, in its shape."""
+        place, member = self._places[i], self.members[i]
+        return self._gradients[place : place + member.size].reshape(member.shape)
 
     def slot_of(self, variable: Variable, name: str, slot: int) -> Array:
         """Return the values of a variable's part of a slot, in its shape."""
@@ -494,7 +501,13 @@ class Optimizer:
                         flat = reshape(g, shape=(g.size,))
                         self._update(part.parameters, part.slots, flat, part.units)
                     continue
-                gather_gradients(run.gradients, *chosen, places=run.places)
+                if state.recorders or run.gradients.backend != "numpy":
+                    gather_gradients(run.gradients, *chosen, places=run.places)
+                else:  # the same, in a third of the time
+                    memory = run.gradients
+                    memory._buffer.before_write(memory._array)
+                    for view, g in zip(run.views, chosen, strict=True):
+                        view[...] = g._array
                 gathered.append(run)
             for factor in self._factor:
                 limit = self._hyperparameters.get("global_clipnorm", math.inf)

@@ -428,7 +428,7 @@ class Update:
     def compute(self, arrays: Sequence[Any], params: dict[str, Any]) -> None:
         """Write to the first of these arrays, by the kernel or the meaning; no recording."""
         try:
-            xp = _backend.module_of(arrays)
+            xp = np if _backend.numpy_alone else _backend.module_of(arrays)
             done = None
             if self.kernel is not None and _backend.runs_kernels(xp):
                 done = self.kernel(xp, *arrays, **params)
