@@ -15,6 +15,7 @@ import numpy as np
 from tapegrad import _backend
 from tapegrad._quiet import quiet
 from tapegrad._recording import no_record, state, told, user_call, user_location
+from tapegrad._reverse import gradients
 from tapegrad._structure import flatten_with_paths, is_container, refuse_unordered, unflatten
 from tapegrad._tape_arguments import (
     UnconnectedGradients,
@@ -390,18 +391,29 @@ class GradientTape:
         self._begin_reverse_pass(user_call())
         try:
             with quiet():
-                seeds: dict[int, Tensor] = {}
-                for i, y in enumerate(targets):
-                    weight, y = weights[i], _current(y)
-                    if is_floating(y._array.dtype):
-                        seed = ones_like(y) if weight is None else weight
-                        seeds[y.id] = add(seeds[y.id], seed) if y.id in seeds else seed
-                wanted = self._wanted(leaves)
-                results = self._pull_back(seeds, wanted, consume=not self._persistent)
-                answers = [self._answer(source, results) for source in leaves]
+                if self._late or state.recorders or not _backend.numpy_alone:
+                    answers = self._interpreted(targets, leaves, weights)
+                else:
+                    answers = gradients(self, targets, leaves, weights)
                 return self._answered(answers, leaves, unconnected, sources)
         finally:
             self._end_reverse_pass()
+
+    def _interpreted(
+        self,
+        targets: Sequence[Operand],
+        sources: Sequence[Operand],
+        weights: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Return the gradients of the targets' weighted sum, by the rules of what was recorded."""
+        seeds: dict[int, Tensor] = {}
+        for y, weight in zip(map(_current, targets), weights, strict=True):
+            if is_floating(y._array.dtype):
+                seed = ones_like(y) if weight is None else weight
+                seeds[y.id] = add(seeds[y.id], seed) if y.id in seeds else seed
+        wanted = self._wanted(sources)
+        results = self._pull_back(seeds, wanted, consume=not self._persistent)
+        return [self._answer(source, results) for source in sources]
 
     def jacobian(
         self,

@@ -1,0 +1,500 @@
+"""Reverse programs: a small tape's reverse pass as straight-line calls, once its form is known.
+
+The reverse pass goes back through the tape and asks the rules, which call operations on Tensors.
+For arrays of a few numbers that takes ten times as long as what it computes. But a training loop
+brings the same tape again and again: the same operations on other values. The rules then make the
+same calls, for they see types, shapes and settings only, and values never. So the calls are written
+down while the reverse pass runs as usual, as Python's text:
+
+    def replay(tape, targets, sources, weights):
+        nodes = tape._nodes
+        p0, (x0_0, x0_1), (y0_0,), _, m0, _ = nodes[0]
+        if p0 is not square or m0 != 1 or type(a0 := x0_0._array) is not float32: return None
+        ...
+        t0 = a0 * 2
+        ...
+
+First it asks whether the tape is of the form that was recorded, and answers None if anything that
+a rule can see is another; then come the array module's calls, the meanings of the primitives. The
+gradient of (x**2 + y**2)**2 takes a quarter of the time so, to the last bit the same.
+
+A text that has been written twice, with the same constants, is compiled. What cannot be written
+down (a gradient of the user's own, what draws random numbers) is interpreted as ever; and so is a
+tape on which a program raised, its operations being intact: the error then tells where it arose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tapegrad._index import SLOT
+from tapegrad._recording import state
+from tapegrad._storage import lies_in_buffer, register_view
+from tapegrad._tape_arguments import is_floating
+from tapegrad.primitive import Primitive, primitives
+from tapegrad.tensor import Operand, Tensor, next_id
+from tapegrad.variable import Variable
+
+on = True  # tests compare with what is interpreted
+
+# A program keeps all arrays until it ends, where the reverse pass lets go of them one by one. That
+# does not matter while they fit into a core's cache together; and beyond, overhead does not.
+_MOST_BYTES = 1 << 20
+_MOST_NODES = 256  # compiling takes 0.1 ms a node, three times what interpreting does
+# Programs for tapes of one length that end in one operation (batches of several sizes, targets of
+# several losses), and how many tapes may be recorded to find them: forms that never come back
+# would else cost a recording each, half as much again as the pass itself. After so many more
+# misses old programs are forgotten and everything begins anew: an interactive session goes on.
+_MOST_PROGRAMS = 8
+_MOST_RECORDINGS = 4 * _MOST_PROGRAMS
+_MOST_MISSES = 4096
+_MOST_SHELVES = 256
+
+Replay = Callable[[Any, Sequence[Operand], Sequence[Operand], Sequence["Tensor | None"]], Any]
+
+
+class _Shelf:
+    """What is known of the tapes of one length that end in one operation."""
+
+    __slots__ = ("misses", "programs", "written")
+
+    def __init__(self) -> None:
+        self.programs: tuple[Replay, ...] = ()  # the latest used first
+        self.written: list[tuple[str, dict[str, Any]]] = []  # texts and constants, written once
+        self.misses = 0
+
+
+_shelves: dict[tuple[int, Primitive], _Shelf] = {}
+_lock = threading.Lock()
+
+
+def gradients(
+    tape: Any,
+    targets: Sequence[Operand],
+    sources: Sequence[Operand],
+    weights: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return what `tape._interpreted` does, by a program if there is one for such a tape.
+
+    For NumPy's arrays, a tape without late watches, and where nobody records.
+    """
+    nodes = tape._nodes
+    if not nodes or not on:
+        return tape._interpreted(targets, sources, weights)  # type: ignore[no-any-return]
+    key = len(nodes), nodes[-1][0]
+    shelf = _shelves.get(key)
+    if shelf is None:
+        if _can_be_replayed(key[1]) and key[0] <= _MOST_NODES:
+            if len(_shelves) >= _MOST_SHELVES:
+                _shelves.clear()
+            _shelves[key] = _Shelf()
+        return tape._interpreted(targets, sources, weights)  # type: ignore[no-any-return]
+    for program in shelf.programs:
+        try:
+            answers = program(tape, targets, sources, weights)
+        except Exception:  # another form of tape, or what the reverse pass will explain
+            continue
+        if answers is not None:
+            if program is not shelf.programs[0]:
+                others = [other for other in shelf.programs if other is not program]
+                shelf.programs = (program, *others)
+            return answers  # type: ignore[no-any-return]
+    return _recorded(shelf, tape, targets, sources, weights)
+
+
+def _recorded(
+    shelf: _Shelf,
+    tape: Any,
+    targets: Sequence[Operand],
+    sources: Sequence[Operand],
+    weights: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Interpret, and write down what happens if that may lead to a program."""
+    shelf.misses += 1
+    if shelf.misses > _MOST_MISSES:
+        shelf.misses, shelf.programs, shelf.written = 1, (), []
+    recording = None
+    if shelf.misses <= _MOST_RECORDINGS and len(shelf.programs) < _MOST_PROGRAMS:
+        with contextlib.suppress(_Refused):
+            recording = _Recording(tape, targets, sources, weights)
+    if recording is None:
+        return tape._interpreted(targets, sources, weights)  # type: ignore[no-any-return]
+    before, state.recorders = state.recorders, [recording]
+    try:
+        answers: list[Tensor | None] = tape._interpreted(targets, sources, weights)
+    finally:
+        state.recorders = before
+    found = recording.finished(answers)
+    if found is not None:
+        with _lock:
+            _keep(shelf, *found)
+    return answers
+
+
+def _keep(shelf: _Shelf, text: str, space: dict[str, Any]) -> None:
+    """Compile a text that was written before with the same constants; else note it."""
+    for i, (other, constants) in enumerate(shelf.written):
+        if other == text:
+            if _same(constants, space):
+                del shelf.written[i]
+                shelf.programs = (_compiled(text, space), *shelf.programs)
+            else:
+                shelf.written[i] = text, space
+            return
+    shelf.written = [*shelf.written[1 - _MOST_PROGRAMS :], (text, space)]
+
+
+def _compiled(text: str, space: dict[str, Any]) -> Replay:
+    exec(compile(text, "<reverse program>", "exec"), space)  # our own text alone
+    # Taken out: a function whose own globals name it would be freed by the collector alone.
+    replay: Replay = space.pop("replay")
+    return replay
+
+
+def _can_be_replayed(primitive: Primitive) -> bool:
+    """Tell whether a primitive is one of the table, and not made for one call."""
+    return primitives.get(primitive.name) is primitive
+
+
+class _Refused(Exception):
+    """A reverse pass that cannot be written down."""
+
+
+# What these meanings are on NumPy's arrays: a call less.
+_WRITTEN_OUT = {
+    "add": "{} + {}",
+    "subtract": "{} - {}",
+    "multiply": "{} * {}",
+    "divide": "{} / {}",
+    "power": "{} ** {}",
+    "negative": "-{}",
+    "square": "{0} * {0}",
+}
+_OF_SHAPES = frozenset(("ones_like", "zeros_like"))  # constants, whatever their inputs are
+
+
+class _Recording:
+    """Writes down one reverse pass: what its tape is like, then every primitive that is called.
+
+    Values have names: x2_1 is input 1 of node 2, y2_0 its output 0, a5 an array, t7 a result. What
+    else the text names (primitives, types, constants) is in `space`.
+    """
+
+    lasting = True
+    since = 0
+
+    def __init__(
+        self,
+        tape: Any,
+        targets: Sequence[Operand],
+        sources: Sequence[Operand],
+        weights: Sequence[Tensor | None],
+    ) -> None:
+        self._space: dict[str, Any] = {
+            "np": np, "new": object.__new__, "Tensor": Tensor, "next_id": next_id,
+            "register_view": register_view, "same": _same,
+        }  # fmt: skip
+        self._kept: dict[int, str] = {}  # the names of what is in the space, by address
+        self._lines = ["nodes = tape._nodes"]
+        self._known: dict[int, tuple[str, Any]] = {}  # by id: a value's first name, and itself
+        self._tensors: dict[int, str] = {}  # by id: a name under which a node keeps the Tensor
+        self._arrays: dict[int, str] = {}  # by id: the name of its array
+        self._leaves: dict[int, str] = {}  # by id: what is watched and no node's output
+        self._made: set[int] = set()  # the ids of the outputs
+        self._bytes = 0
+        self._refused = False
+        for n, node in enumerate(tape._nodes):
+            self._node(n, node, tape)
+        self._operands(targets, sources, weights, tape)
+        if self._bytes > _MOST_BYTES:
+            raise _Refused
+
+    # ---- the form of the tape
+
+    def _node(self, n: int, node: Any, tape: Any) -> None:
+        """Write what a node of this form is like."""
+        primitive, inputs, outputs, params, mask, _ = node
+        if not _can_be_replayed(primitive):
+            raise _Refused
+        xs = [f"x{n}_{i}" for i in range(len(inputs))]
+        ys = [f"y{n}_{i}" for i in range(len(outputs))]
+        settings = f"k{n}" if params else "_"
+        self._lines.append(
+            f"p{n}, ({', '.join(xs)},), ({', '.join(ys)},), {settings}, m{n}, _ = nodes[{n}]"
+        )
+        misses = [f"p{n} is not {self._name(primitive)}", f"m{n} != {mask}"]
+        if params:
+            misses.append(f"len(k{n}) != {len(params)}")
+        for key, value in params.items():
+            misses.append(self._unlike(f"k{n}[{key!r}]", value))
+        for i, (x, name) in enumerate(zip(inputs, xs, strict=True)):
+            if type(x) is float or type(x) is int:
+                misses.append(self._unlike(name, x))
+                continue
+            misses += self._occurrence(x, name, entering=True)
+            if mask >> i & 1 and x.id not in self._made:
+                if x.id not in tape._leaves:
+                    raise _Refused  # watched by another tape alone
+                self._leaves.setdefault(x.id, name)
+        # Shapes follow from the shapes of the inputs, unless an index of booleans chooses them.
+        chosen = any(not is_floating(x.dtype) for x in inputs if not isinstance(x, (float, int)))
+        for y, name in zip(outputs, ys, strict=True):
+            misses += self._occurrence(y, name, entering=chosen)
+            self._made.add(y.id)
+        self._miss(misses)
+
+    def _occurrence(self, x: Any, name: str, *, entering: bool) -> list[str]:
+        """Return when a value is not what it was: the one of another name, or of this type."""
+        if type(x) is Tensor:
+            self._tensors.setdefault(x.id, name)
+        first = self._known.get(x.id)
+        if first is None:
+            self._known[x.id] = name, x
+            if type(x) is Tensor:
+                self._bytes += x._array.nbytes
+            return [self._unlike_type(x, name)] if entering else []
+        both_tensors = first[1] is x and type(x) is Tensor
+        return [f"{name} is not {first[0]}" if both_tensors else f"{name}.id != {first[0]}.id"]
+
+    def _unlike_type(self, x: Any, name: str) -> str:
+        if type(x) is not Tensor:  # all that is known of it are shape and dtype
+            return f"{name}.shape != {x.shape} or {name}.dtype is not {self._name(x.dtype)}"
+        array = x._array
+        bound = self._arrays[x.id] = f"a{len(self._arrays)}"
+        if isinstance(array, np.generic):
+            return f"type({bound} := {name}._array) is not {self._name(type(array))}"
+        dtype = self._name(array.dtype)
+        facts = f"({bound} := {name}._array).shape != {array.shape} or {bound}.dtype is not {dtype}"
+        return facts if array.ndim else f"{facts} or type({bound}) is not {self._name(np.ndarray)}"
+
+    def _operands(
+        self,
+        targets: Sequence[Operand],
+        sources: Sequence[Operand],
+        weights: Sequence[Tensor | None],
+        tape: Any,
+    ) -> None:
+        """Write what is asked for: which of the tape's values are the targets and the sources."""
+        misses: list[str] = []
+        for kind, values in (("target", targets), ("weight", weights), ("source", sources)):
+            names = [f"{kind}{i}" for i in range(len(values))]
+            self._lines.append(f"[{', '.join(names)}] = {kind}s")
+        for i, (y, weight) in enumerate(zip(targets, weights, strict=True)):
+            if y.id not in self._made or not is_floating(y.dtype):
+                raise _Refused
+            misses += self._occurrence(y, f"target{i}", entering=False)
+            if weight is None:
+                misses.append(f"weight{i} is not None")
+            else:
+                misses += self._occurrence(weight, f"weight{i}", entering=True)
+        leaves = {key: f"{name}.id" for key, name in self._leaves.items()}
+        certain = set()  # which are leaves because Variables' versions never are anything else
+        for i, x in enumerate(sources):
+            key = x.id
+            if isinstance(x, Variable):
+                keys = tape._versions.get(key, ())
+                if len(keys) != 1:
+                    raise _Refused  # not read, or assigned to in between
+                key = keys[0]
+                self._lines.append(f"[version{i}] = tape._versions[source{i}.id]")
+            if key not in leaves and key not in self._made:
+                raise _Refused  # not connected
+            name = f"version{i}" if isinstance(x, Variable) else f"source{i}.id"
+            misses.append(f"{name} != {self._known[key][0]}.id")
+            if key in leaves:
+                leaves[key] = name
+                if isinstance(x, Variable):
+                    certain.add(key)
+        # Else a source could come in at a place where something else did, or at two.
+        misses += [f"{name} not in tape._leaves" for key, name in leaves.items()
+                   if key not in certain]  # fmt: skip
+        if len(leaves) > 1:
+            misses.append(f"len({{{', '.join(leaves.values())}}}) != {len(leaves)}")
+        self._miss(misses)
+
+    def _miss(self, conditions: list[str]) -> None:
+        self._lines.append(f"if {' or '.join(conditions)}: return None")
+
+    def _name(self, value: Any) -> str:
+        """Return the name of a value in the text; it is part of the text which values are one."""
+        name = self._kept.get(id(value))
+        if name is None:
+            name = self._kept[id(value)] = f"c{len(self._kept)}"
+            self._space[name] = value
+        return name
+
+    def _unlike(self, place: str, value: Any) -> str:
+        """Return when a number or a setting is not `value`: mostly it is the very same object."""
+        if not _is_fixed(value):
+            raise _Refused
+        name = self._name(value)
+        return f"{place} is not {name} and not same({place}, {name})"
+
+    # ---- the calls
+
+    def record(
+        self,
+        primitive: Primitive,
+        inputs: Sequence[Any],
+        outputs: tuple[Tensor, ...],
+        params: dict[str, Any],
+        node: Any,
+    ) -> Any:
+        """Write down one call, unless its result is a constant."""
+        self._bytes += sum(y._array.nbytes for y in outputs)
+        if self._bytes > _MOST_BYTES or not _can_be_replayed(primitive):
+            self._refused = True
+        if not self._refused and primitive.name not in _OF_SHAPES:
+            varying = [x for x in inputs if type(x) is Tensor and self._varies(x)]
+            if varying:
+                self._call(primitive, inputs, outputs, params, len(varying))
+        return node
+
+    def _varies(self, x: Tensor) -> bool:
+        return x.id in self._arrays or x.id in self._known
+
+    def _is_one(self, x: Any) -> bool:
+        return type(x) is Tensor and not self._varies(x) and bool(np.all(x._array == 1))
+
+    def _call(
+        self,
+        primitive: Primitive,
+        inputs: Sequence[Any],
+        outputs: tuple[Tensor, ...],
+        params: dict[str, Any],
+        varying: int,
+    ) -> None:
+        places = [self._place(x) for x in inputs]
+        y = outputs[0]
+        if primitive.name == "scale" and self._is_one(inputs[0]) and _kind(inputs[1]) == _kind(y):
+            self._arrays[y.id] = places[1]  # 1 * d: what comes of the seed
+            return
+        results = []
+        for part in outputs:
+            self._arrays[part.id] = f"t{len(self._arrays)}"
+            results.append(self._arrays[part.id])
+        result = ", ".join(results)
+        settings = [f"{key}={self._name(value)}" for key, value in params.items()]
+        call = f"{self._name(primitive.forward)}({', '.join(['np', *places, *settings])})"
+        if primitive.name == "scale" and varying == 2 and not y.ndim:  # repaired if it is NaN
+            self._lines.append(f"{result} = {places[0]} * {places[1]}")
+            self._lines.append(f"if {result} != {result}: {result} = {call}")
+        else:
+            text = _WRITTEN_OUT.get(primitive.name, call).format(*places)
+            self._lines.append(f"{result} = {text}")
+
+    def _place(self, x: Any) -> str:
+        """Return the name of an operand's array, or of a number."""
+        if type(x) is not Tensor:
+            return self._name(x)
+        name = self._arrays.get(x.id)
+        if name is not None:
+            return name
+        if x.id in self._known:
+            if x.id not in self._tensors:  # the nodes of such tapes keep no values of it
+                self._refused = True
+                return ""
+            name = self._arrays[x.id] = f"a{len(self._arrays)}"
+            self._lines.append(f"{name} = {self._tensors[x.id]}._array")
+            return name
+        if lies_in_buffer(x._array):
+            self._refused = True
+        return self._name(x._array)
+
+    def accessed(self, variable: Variable, version: Tensor) -> None:
+        """Refuse what reads state: it may be another each time."""
+        self._refused = True
+
+    def writing(self, variable: Variable) -> None:
+        """Refuse what writes state."""
+        self._refused = True
+
+    def updated(self, update: Any, inputs: Sequence[Any], params: dict[str, Any]) -> None:
+        """Refuse what writes or prints."""
+        self._refused = True
+
+    def leaving(self, x: Operand, how: str) -> None:
+        """Refuse a rule that looks at values."""
+        self._refused = True
+
+    def copied(self, x: Tensor, copy: Tensor) -> None:
+        """Refuse a constant made of values."""
+        self._refused = True
+
+    def created(self, variable: Variable) -> None:
+        """Refuse a rule that makes state."""
+        self._refused = True
+
+    def watches(self, x: Operand) -> bool:
+        """Say no: what is only for tapes need not be done for a recording."""
+        return False
+
+    # ---- the text
+
+    def finished(self, answers: Sequence[Tensor | None]) -> tuple[str, dict[str, Any]] | None:
+        """Return the program's text and what it names, if all of the reverse pass is in it."""
+        results: dict[int, str] = {}
+        for g in answers:
+            if g is None:
+                self._refused = True
+            elif g.id not in results:
+                results[g.id] = self._result(g, f"g{len(results)}")
+        if self._refused:
+            return None
+        listed = ", ".join([results[g.id] for g in answers if g is not None])
+        lines = [*self._lines, f"return [{listed}]"]
+        text = "\n    ".join(["def replay(tape, targets, sources, weights):", *lines])
+        return text, self._space
+
+    def _result(self, g: Tensor, name: str) -> str:
+        """Write how an answer becomes a Tensor, and return its name."""
+        if g.id in self._tensors:
+            return self._tensors[g.id]  # one of the tape's own
+        array = self._place(g)
+        self._lines += [f"{name} = new(Tensor)", f"{name}._array = {array}"]
+        self._lines += [f"{name}.id = next_id()"]
+        if not isinstance(g._array, np.generic):
+            self._lines.append(f"if {array}.base is not None: register_view({name})")
+        return name
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    return (type(x._array), x.shape, x.dtype) if type(x) is Tensor else ()
+
+
+_FIXED = (type(None), bool, int, float, str, type, np.dtype, np.generic, type(...), type(SLOT))
+
+
+def _is_fixed(value: Any) -> bool:
+    """Tell whether a value never changes, and can be compared."""
+    if isinstance(value, (tuple, slice)):
+        return all(map(_is_fixed, _parts(value)))
+    return isinstance(value, _FIXED)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return (value.start, value.stop, value.step) if isinstance(value, slice) else tuple(value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Tell whether two values are the same to the last bit, and of one type: 1, 1.0 and True."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, slice)):
+        first, second = _parts(a), _parts(b)
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (np.ndarray, np.generic)):
+        facts = (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+        return facts and a.tobytes() == b.tobytes()
+    if isinstance(a, float):
+        return repr(a) == repr(b)  # two zeros are not one
+    return isinstance(a, (int, str, np.dtype)) and bool(a == b)
