@@ -26,6 +26,7 @@ tape on which a program raised, its operations being intact: the error then tell
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ on = True  # tests compare with what is interpreted
 # A program keeps all arrays until it ends, where the reverse pass lets go of them one by one. That
 # does not matter while they fit into a core's cache together; and beyond, overhead does not.
 _MOST_BYTES = 1 << 20
-_MOST_NODES = 256  # compiling takes 0.1 ms a node, three times what interpreting does
+_MOST_NODES = 256  # compiling takes 0.1 ms a node, as long as interpreting it twenty times
 # Programs for tapes of one length that end in one operation (batches of several sizes, targets of
 # several losses), and how many tapes may be recorded to find them: forms that never come back
 # would else cost a recording each, half as much again as the pass itself. After so many more
@@ -53,7 +54,8 @@ _MOST_NODES = 256  # compiling takes 0.1 ms a node, three times what interpretin
 _MOST_PROGRAMS = 8
 _MOST_RECORDINGS = 4 * _MOST_PROGRAMS
 _MOST_MISSES = 4096
-_MOST_SHELVES = 256
+_MOST_SHELVES = 64
+_MOST_CONSTANTS = 1 << 16  # bytes that a program keeps for ever
 
 Replay = Callable[[Any, Sequence[Operand], Sequence[Operand], Sequence["Tensor | None"]], Any]
 
@@ -207,6 +209,7 @@ class _Recording:
         self._leaves: dict[int, str] = {}  # by id: what is watched and no node's output
         self._made: set[int] = set()  # the ids of the outputs
         self._bytes = 0
+        self._constants: dict[str, int] = {}  # the bytes of each
         self._refused = False
         for n, node in enumerate(tape._nodes):
             self._node(n, node, tape)
@@ -227,7 +230,7 @@ class _Recording:
         self._lines.append(
             f"p{n}, ({', '.join(xs)},), ({', '.join(ys)},), {settings}, m{n}, _ = nodes[{n}]"
         )
-        misses = [f"p{n} is not {self._name(primitive)}", f"m{n} != {mask}"]
+        misses = [f"p{n} is not {self._name(primitive, primitive.name)}", f"m{n} != {mask}"]
         if params:
             misses.append(f"len(k{n}) != {len(params)}")
         for key, value in params.items():
@@ -320,11 +323,11 @@ class _Recording:
     def _miss(self, conditions: list[str]) -> None:
         self._lines.append(f"if {' or '.join(conditions)}: return None")
 
-    def _name(self, value: Any) -> str:
+    def _name(self, value: Any, of: str = "c") -> str:
         """Return the name of a value in the text; it is part of the text which values are one."""
         name = self._kept.get(id(value))
         if name is None:
-            name = self._kept[id(value)] = f"c{len(self._kept)}"
+            name = self._kept[id(value)] = f"{of}_{len(self._kept)}"
             self._space[name] = value
         return name
 
@@ -380,7 +383,8 @@ class _Recording:
             results.append(self._arrays[part.id])
         result = ", ".join(results)
         settings = [f"{key}={self._name(value)}" for key, value in params.items()]
-        call = f"{self._name(primitive.forward)}({', '.join(['np', *places, *settings])})"
+        meaning = self._name(primitive.forward, primitive.name)
+        call = f"{meaning}({', '.join(['np', *places, *settings])})"
         if primitive.name == "scale" and varying == 2 and not y.ndim:  # repaired if it is NaN
             self._lines.append(f"{result} = {places[0]} * {places[1]}")
             self._lines.append(f"if {result} != {result}: {result} = {call}")
@@ -391,7 +395,7 @@ class _Recording:
     def _place(self, x: Any) -> str:
         """Return the name of an operand's array, or of a number."""
         if type(x) is not Tensor:
-            return self._name(x)
+            return f"({x!r})" if math.isfinite(x) else self._name(x)
         name = self._arrays.get(x.id)
         if name is not None:
             return name
@@ -402,9 +406,11 @@ class _Recording:
             name = self._arrays[x.id] = f"a{len(self._arrays)}"
             self._lines.append(f"{name} = {self._tensors[x.id]}._array")
             return name
-        if lies_in_buffer(x._array):
+        name = self._name(x._array)
+        self._constants[name] = x._array.nbytes
+        if lies_in_buffer(x._array) or sum(self._constants.values()) > _MOST_CONSTANTS:
             self._refused = True
-        return self._name(x._array)
+        return name
 
     def accessed(self, variable: Variable, version: Tensor) -> None:
         """Refuse what reads state: it may be another each time."""
@@ -487,6 +493,10 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if type(a) is not type(b):
         return False
+    if isinstance(a, float):
+        return a == b and math.copysign(1.0, a) == math.copysign(1.0, b)
+    if isinstance(a, (int, str, np.dtype)):
+        return bool(a == b)
     if isinstance(a, (tuple, slice)):
         first, second = _parts(a), _parts(b)
         return len(first) == len(second) and all(map(_same, first, second))
@@ -495,6 +505,4 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (np.ndarray, np.generic)):
         facts = (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
         return facts and a.tobytes() == b.tobytes()
-    if isinstance(a, float):
-        return repr(a) == repr(b)  # two zeros are not one
-    return isinstance(a, (int, str, np.dtype)) and bool(a == b)
+    return False
