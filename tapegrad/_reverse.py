@@ -202,7 +202,7 @@ class _Recording:
             "register_view": register_view, "same": _same,
         }  # fmt: skip
         self._kept: dict[int, str] = {}  # the names of what is in the space, by address
-        self._lines = ["nodes = tape._nodes"]
+        self._lines = ["nodes, versions = tape._nodes, tape._versions"]
         self._known: dict[int, tuple[str, Any]] = {}  # by id: a value's first name, and itself
         self._tensors: dict[int, str] = {}  # by id: a name under which a node keeps the Tensor
         self._arrays: dict[int, str] = {}  # by id: the name of its array
@@ -288,7 +288,7 @@ class _Recording:
             names = [f"{kind}{i}" for i in range(len(values))]
             self._lines.append(f"[{', '.join(names)}] = {kind}s")
         for i, (y, weight) in enumerate(zip(targets, weights, strict=True)):
-            if y.id not in self._made or not is_floating(y.dtype):
+            if y.id not in self._made:
                 raise _Refused
             misses += self._occurrence(y, f"target{i}", entering=False)
             if weight is None:
@@ -304,7 +304,7 @@ class _Recording:
                 if len(keys) != 1:
                     raise _Refused  # not read, or assigned to in between
                 key = keys[0]
-                self._lines.append(f"[version{i}] = tape._versions[source{i}.id]")
+                self._lines.append(f"[version{i}] = versions[source{i}.id]")
             if key not in leaves and key not in self._made:
                 raise _Refused  # not connected
             name = f"version{i}" if isinstance(x, Variable) else f"source{i}.id"
@@ -395,7 +395,7 @@ class _Recording:
     def _place(self, x: Any) -> str:
         """Return the name of an operand's array, or of a number."""
         if type(x) is not Tensor:
-            return f"({x!r})" if math.isfinite(x) else self._name(x)
+            return f"({x!r})" if type(x) is int or math.isfinite(x) else self._name(x)
         name = self._arrays.get(x.id)
         if name is not None:
             return name
@@ -412,29 +412,11 @@ class _Recording:
             self._refused = True
         return name
 
-    def accessed(self, variable: Variable, version: Tensor) -> None:
-        """Refuse what reads state: it may be another each time."""
+    def _refuse(self, *_: Any) -> None:
         self._refused = True
 
-    def writing(self, variable: Variable) -> None:
-        """Refuse what writes state."""
-        self._refused = True
-
-    def updated(self, update: Any, inputs: Sequence[Any], params: dict[str, Any]) -> None:
-        """Refuse what writes or prints."""
-        self._refused = True
-
-    def leaving(self, x: Operand, how: str) -> None:
-        """Refuse a rule that looks at values."""
-        self._refused = True
-
-    def copied(self, x: Tensor, copy: Tensor) -> None:
-        """Refuse a constant made of values."""
-        self._refused = True
-
-    def created(self, variable: Variable) -> None:
-        """Refuse a rule that makes state."""
-        self._refused = True
+    # What reads, writes or makes state, prints, or looks at values may do another thing each time.
+    accessed = writing = updated = leaving = copied = created = _refuse
 
     def watches(self, x: Operand) -> bool:
         """Say no: what is only for tapes need not be done for a recording."""
@@ -459,11 +441,8 @@ class _Recording:
 
     def _result(self, g: Tensor, name: str) -> str:
         """Write how an answer becomes a Tensor, and return its name."""
-        if g.id in self._tensors:
-            return self._tensors[g.id]  # one of the tape's own
         array = self._place(g)
-        self._lines += [f"{name} = new(Tensor)", f"{name}._array = {array}"]
-        self._lines += [f"{name}.id = next_id()"]
+        self._lines += [f"{name} = new(Tensor)", f"{name}._array, {name}.id = {array}, next_id()"]
         if not isinstance(g._array, np.generic):
             self._lines.append(f"if {array}.base is not None: register_view({name})")
         return name

@@ -38,7 +38,7 @@ class Count:
     def __init__(self) -> None:
         self.compiled = 0
         self.hits = 0
-        self.texts: list[str] = []
+        self.programs: list[weakref.ref[Any]] = []
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def counted() -> Iterator[Count]:
     def compiled(text: str, space: dict[str, Any]) -> Any:
         program = before[1](text, space)
         count.compiled += 1
-        count.texts.append(text)
+        count.programs.append(weakref.ref(program))
 
         def call(*arguments: Any) -> Any:
             answers = program(*arguments)
@@ -288,6 +288,17 @@ def assigned_inside(value: float | None) -> Any:
     return tape.gradient(z, [x, a])
 
 
+def in_anothers_place(value: float | None) -> Any:
+    """Read a variable, then another that is no source, or the same with another value."""
+    x = tg.Variable(3.0)
+    with tg.GradientTape() as tape:
+        y = x * 2.0
+        if value is not None:
+            x.assign(value)
+        z = y * (c if value is None else x)
+    return tape.gradient(z, x)
+
+
 def not_a_source(place: str) -> Any:
     """Let a watched tensor that is no source stand where a source or a result stands."""
     x, t = tg.constant(2.0), tg.constant(5.0)
@@ -318,6 +329,27 @@ def a_watch(late: bool) -> Any:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         return tape.gradient(z, [x, p]), len(told)
+
+
+def watched_by_two(late: bool) -> Any:
+    with tg.GradientTape() as outer:
+        outer.watch(p)
+        with tg.GradientTape() as tape:
+            if not late:
+                tape.watch(p)
+            y = v * p
+            tape.watch(p)
+            z = y * p
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tape.gradient(z, [v, p])
+
+
+def an_integer_target(scaled: bool) -> Any:
+    with tg.GradientTape() as tape:
+        y = v * w
+        z = tg.astype(y, np.int64)
+    return tape.gradient([z, y] if scaled else [y, z], [v, w])
 
 
 def numbers(values_: Any, dtype: Any = np.float32) -> Any:
@@ -398,6 +430,11 @@ CHANGES: dict[str, tuple[Answer, Answer, bool]] = {
     "how many a mask chooses": (
         lambda: of(lambda x: tg.square(x)[mask] * 2.0, v),
         lambda: of(lambda x: tg.square(x)[other_mask] * 2.0, v),
+        False,
+    ),
+    "how many a mask leaves to a mean": (
+        lambda: of(lambda x: tg.mean(tg.square(x)[other_mask]), v),
+        lambda: of(lambda x: tg.mean(tg.square(x)[mask]), v),
         False,
     ),
     "which a mask chooses": (
@@ -542,8 +579,18 @@ CHANGES: dict[str, tuple[Answer, Answer, bool]] = {
         lambda: assigned_inside(7.0),
         False,
     ),
+    "assigned, and read in another's place": (
+        lambda: in_anothers_place(None),
+        lambda: in_anothers_place(7.0),
+        False,
+    ),
     "another target": (lambda: two_targets(2), lambda: two_targets(1), False),
     "a target in the middle": (lambda: two_targets(0), lambda: two_targets(2), False),
+    "an integer target": (
+        lambda: an_integer_target(False),
+        lambda: an_integer_target(True),
+        False,
+    ),
     "a part of a variable": (lambda: a_slice("part"), lambda: a_slice("whole"), False),
     "two ways to a variable": (lambda: a_slice("both"), lambda: a_slice("part"), False),
     "weights": (
@@ -559,6 +606,11 @@ CHANGES: dict[str, tuple[Answer, Answer, bool]] = {
         False,
     ),
     "watched too late": (lambda: a_watch(False), lambda: a_watch(True), False),
+    "watched too late, by another tape in time": (
+        lambda: watched_by_two(False),
+        lambda: watched_by_two(True),
+        False,
+    ),
     "infinite factors": (
         lambda: of(lambda x: tg.log(x) * 0.0, numbers(2.0)),
         lambda: of(lambda x: tg.log(x) * 0.0, numbers(0.0)),
@@ -621,6 +673,22 @@ def test_a_gradient_of_the_users_own_runs_each_time() -> None:
         assert all(_reverse._can_be_replayed(key[1]) for key in _reverse._shelves)
 
 
+def test_a_gradient_of_the_users_own_runs_whenever_a_tape_is_asked() -> None:
+    calls = []
+
+    @tg.custom_gradient
+    def custom(x: Any) -> Any:
+        return x * 1.0, lambda upstream: [upstream * 2.0, calls.append(1)][0]
+
+    with counted() as count:
+        with tg.GradientTape(persistent=True) as tape:
+            y = custom(a) * 2.0
+        for k in range(6):
+            assert float(tape.gradient(y, a)) == 4.0
+            assert len(calls) == k + 1
+        assert count.compiled == 0
+
+
 def test_a_function_that_is_run_again_is() -> None:
     calls = []
 
@@ -641,48 +709,64 @@ def test_a_function_that_is_run_again_is() -> None:
 
 counter, generator = tg.Variable(0.0), tg.random.Generator(5)
 kept: list[Any] = []
-# Rules that are no functions of types, shapes and settings alone; each gives another answer in
-# every call, and does something that calls for being heard.
-RULES: dict[str, Callable[..., Any]] = {
+# Rules that are no functions of types, shapes and settings alone.
+HEARD: dict[str, Callable[..., Any]] = {
     "reads a variable": lambda g, _y, _x: g * counter,
-    "writes a variable": lambda g, _y, _x: g * float(counter.assign_add(1.0)),
+    "writes a variable": lambda g, _y, _x: [g * 2.0, counter.assign_add(1.0)][0],
+    "makes a variable": lambda g, _y, _x: [g * 2.0, tg.Variable(1.0)][0],
     "looks at a value": lambda g, _y, x: g * 2.0 if float(x) > 0.5 else g,
     "looks by an if": lambda g, _y, x: g * 2.0 if x > 0.5 else g,
     "copies": lambda g, _y, x: g * tg.constant(x),
     "draws": lambda g, _y, _x: g * generator.uniform(()),
-    "makes a variable": lambda g, _y, _x: g * tg.Variable(counter.numpy()),
     "prints": lambda g, _y, x: [g * x, tg.print(x)][0],
-    "has another number each time": lambda g, _y, _x: [kept.append(1), g * float(len(kept))][1],
-    "has another constant each time": lambda g, _y, _x: [
-        kept.append(1),
-        g * tg.constant(np.float32(len(kept))),
-    ][1],
     "calls what is not in the table": lambda g, _y, _x: Primitive(
         "twice", lambda xp, x: x * 2, None
     )(g),
 }
+CHANGING: dict[str, Callable[..., Any]] = {
+    "a number": lambda g, _y, _x: g * float(len(kept)),
+    "a constant": lambda g, _y, _x: g * tg.constant(np.float32(len(kept))),
+}
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
-def test_rules_that_must_run_each_time(
-    rule: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def run_each_time(
+    rule: Callable[..., Any], steps: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = enter(monkeypatch, "odd", lambda xp, x: x * 1, rule)
-    runs = []
-    made.vjps = (lambda g, y, x: [runs.append(1), rule(g, y, x)][1],)
+    """Compare gradients with those of interpreting while what the rule sees takes these steps."""
+    runs: list[int] = []
+
+    def counting(g: Any, y: Any, x: Any) -> Any:
+        runs.append(1)
+        return rule(g, y, x)
+
+    made = enter(monkeypatch, "odd", lambda xp, x: x * 1, counting)
     with counted() as count:
-        got, want = [], []
-        for k, answers in itertools.product(range(6), (want, got)):
-            _reverse.on = answers is got
-            counter.assign(float(k + 1))
-            generator.counter.assign(np.full((), k, generator.counter.dtype))
-            del kept[k:]
-            answers.append(bits(slope(lambda x: made(x) * 1.0, tg.constant(k / 4))))
-        assert got == want
-        assert len(runs) == 12 - count.hits
+        for k in steps:
+            found = []
+            for on in (False, True):
+                monkeypatch.setattr(_reverse, "on", on)
+                counter.assign(float(k + 1))
+                generator.counter.assign(np.full((), k, generator.counter.dtype))
+                kept[:] = [1] * k
+                found.append(bits(slope(lambda x: made(x) * 1.0, tg.constant(k / 4))))
+            assert found[0] == found[1]
+        assert len(runs) == 2 * len(steps)
         assert count.compiled == 0
+
+
+@pytest.mark.parametrize("rule", HEARD.values(), ids=list(HEARD))
+def test_rules_that_must_run_each_time(
+    rule: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they see is for a while the same: only by being heard are they known."""
+    run_each_time(rule, [1, 1, 1, 1, 1, 2, 3, 4], monkeypatch)
+
+
+@pytest.mark.parametrize("rule", CHANGING.values(), ids=list(CHANGING))
+def test_rules_with_another_constant_each_time(
+    rule: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_each_time(rule, [1, 2, 3, 4, 5, 6], monkeypatch)
 
 
 def test_a_rule_that_knows_a_tensor_of_the_tape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,6 +778,46 @@ def test_a_rule_that_knows_a_tensor_of_the_tape(monkeypatch: pytest.MonkeyPatch)
             kept[:] = [x]
             assert slope(lambda x: made(x) * 1.0, x).tolist() == [k]
         assert count.compiled == 0
+
+
+def test_a_rule_that_knows_a_variables_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps it when the variable changes."""
+    x = tg.Variable([2.0, 3.0])
+    value = x._read()
+    made = enter(monkeypatch, "odd", lambda xp, x: x * 1, lambda g, _y, _x: g * value)
+    with counted() as count:
+        for k in range(6):
+            if k == 5:
+                x.assign([0.0, 0.0])
+            assert slope(lambda x: made(x) * 1.0, numbers([1, 1])).tolist() == [2.0, 3.0]
+        assert count.compiled == 0
+
+
+def test_a_setting_that_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change in its place: no comparison would tell."""
+    made = enter(
+        monkeypatch,
+        "odd",
+        lambda xp, x, *, table: x * table[0],
+        lambda g, _y, _x, *, table: g * float(table[0]),
+    )
+    table = np.ones(1)
+    with counted() as count:
+        for k in (1.0, 1.0, 1.0, 1.0, 2.0):
+            table[0] = k
+            assert float(slope(lambda x: made(x, table=table), a)) == k
+        assert count.compiled == 0
+
+
+def test_targets_that_are_no_results() -> None:
+    def step(other: Any) -> Any:
+        with tg.GradientTape() as tape:
+            y = a * b
+        return tape.gradient([y, other], [a, b])
+
+    with counted() as count:
+        check(step, [(a,), (a,), (a,), (a,), (c,), (b,), (p,), (tg.Variable(3),), (a,)])
+        assert count.hits == 0
 
 
 def test_a_rule_whose_numbers_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -996,16 +1120,16 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def test_forms_that_never_come_back_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     with counted() as count, recordings(monkeypatch) as made:
-        for k in range(200):
-            assert float(slope(lambda x, k=k: x * (k + 0.5), a)) == k + 0.5
+        for k in range(200):  # numbers that stand in the text
+            assert float(slope(lambda x, k=k: (x * (k + 0.5)) * x, a)) == 3.0 * (k + 0.5)
         assert len(made) == _reverse._MOST_RECORDINGS
         assert count.compiled == 0
         (shelf,) = _reverse._shelves.values()
         assert len(shelf.written) <= _reverse._MOST_PROGRAMS
         for k in range(_reverse._MOST_MISSES - 200):
-            of(lambda x, k=k: x * (k + 0.25), a)
+            of(lambda x, k=k: (x * (k + 0.25)) * x, a)
         for _ in range(REPETITIONS + 2):  # and everything begins anew
-            of(lambda x: x * 0.125, a)
+            of(lambda x: (x * 0.125) * x, a)
         assert (count.compiled, count.hits) == (1, 2)
 
 
@@ -1044,8 +1168,10 @@ def test_so_many_shelves_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("kind", ["values", "results", "constants", "nodes"])
-def test_large_tapes_are_interpreted(kind: str) -> None:
+def test_large_tapes_are_interpreted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For them memory counts, and what is computed."""
+    written: list[int] = []
+    monkeypatch.setattr(_reverse._Recording, "finished", lambda *_: written.append(1))
     large = np.ones(_reverse._MOST_BYTES // 4 // (1 if kind != "constants" else 8) + 1, "f4")
     x = tg.constant(large if kind in ("values", "constants") else [1.0])
 
@@ -1065,6 +1191,8 @@ def test_large_tapes_are_interpreted(kind: str) -> None:
         for _ in range(5):
             step(_reverse._MOST_NODES + 1 if kind == "nodes" else 1)
         assert count.compiled == 0
+        # While it writes, a recording keeps the values: of large tapes it does not begin.
+        assert len(written) == (4 if kind in ("results", "constants") else 0)
 
 
 def test_nothing_of_the_users_is_kept() -> None:
@@ -1084,9 +1212,9 @@ def test_nothing_of_the_users_is_kept() -> None:
             for _ in range(REPETITIONS + 2):
                 assert [ref() for ref in step(late=False)] == [None] * 9
             assert count.hits == 2
-            programs_ = [weakref.ref(p) for s in _reverse._shelves.values() for p in s.programs]
+            assert [ref() is None for ref in count.programs] == [False]
             _reverse._shelves.clear()
-            assert [ref() for ref in programs_] == [None]  # nor are programs, by themselves
+            assert [ref() is None for ref in count.programs] == [True]  # not even by themselves
     finally:
         gc.enable()
 
