@@ -11,7 +11,7 @@ import numpy as np
 from tapegrad._index import SLOT
 from tapegrad._storage import lies_in_buffer, register_view
 from tapegrad._tape_arguments import is_floating
-from tapegrad.primitive import Primitive, primitives
+from tapegrad.primitive import Binary, Primitive, Unary, primitives
 from tapegrad.tensor import Operand, Tensor, next_id
 from tapegrad.variable import Variable
 
@@ -89,12 +89,13 @@ class Recording:
             raise Refused
         xs = [f"x{n}_{i}" for i in range(len(inputs))]
         ys = [f"y{n}_{i}" for i in range(len(outputs))]
-        settings = f"k{n}" if params else "_"
+        takes_none = isinstance(primitive, (Unary, Binary))
+        settings = "_" if takes_none else f"k{n}"
         self._lines.append(
             f"p{n}, ({', '.join(xs)},), ({', '.join(ys)},), {settings}, m{n}, _ = nodes[{n}]"
         )
         misses = [f"p{n} is not {self._name(primitive, primitive.name)}", f"m{n} != {mask}"]
-        if params:
+        if not takes_none:
             misses.append(f"len(k{n}) != {len(params)}")
         for key, value in params.items():
             misses.append(self._unlike(f"k{n}[{key!r}]", value))

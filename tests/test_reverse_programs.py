@@ -781,6 +781,20 @@ def test_a_rule_that_knows_a_variables_value(monkeypatch: pytest.MonkeyPatch) ->
         assert count.compiled == 0
 
 
+def test_a_setting_that_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = enter(
+        monkeypatch,
+        "odd",
+        lambda xp, x, *, factor=1.0: x * factor,
+        lambda g, _y, _x, *, factor=1.0: g * factor,
+    )
+    with counted() as count:
+        for settings in ({}, {}, {}, {}, {"factor": 2.0}, {}):
+            got = slope(lambda x, settings=settings: made(x, **settings), a)
+            assert float(got) == settings.get("factor", 1.0)
+        assert count.hits == 2
+
+
 def test_a_setting_that_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may change in its place: no comparison would tell."""
     made = enter(
