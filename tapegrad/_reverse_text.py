@@ -130,14 +130,18 @@ class Recording:
 
     def _unlike_type(self, x: Any, name: str) -> str:
         if type(x) is not Tensor:  # all that is known of it are shape and dtype
-            return f"{name}.shape != {x.shape} or {name}.dtype is not {self._name(x.dtype)}"
+            return self._unlike_array(name, x)
         array = x._array
         bound = self._arrays[x.id] = f"a{len(self._arrays)}"
         if isinstance(array, np.generic):
             return f"type({bound} := {name}._array) is not {self._name(type(array))}"
-        dtype = self._name(array.dtype)
-        facts = f"({bound} := {name}._array).shape != {array.shape} or {bound}.dtype is not {dtype}"
+        facts = self._unlike_array(f"({bound} := {name}._array)", array, bound)
         return facts if array.ndim else f"{facts} or type({bound}) is not {self._name(np.ndarray)}"
+
+    def _unlike_array(self, first: str, x: Any, then: str = "") -> str:
+        """Return when shape or dtype are others; equal dtypes are one object, but not unpickled."""
+        dtype, then = self._name(x.dtype), then or first
+        return f"{first}.shape != {x.shape} or {then}.dtype is not {dtype} != {then}.dtype"
 
     def _operands(
         self,
