@@ -73,7 +73,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Return what `tape._interpreted` does, by a program if there is one for such a tape.
 
-    For NumPy's arrays, a tape without late watches, and where nobody records.
+    For NumPy's arrays, where nobody records, and where all that is watched was so from the start.
     """
     nodes = tape._nodes
     if not nodes or not on:

@@ -15,9 +15,10 @@ from tapegrad.primitive import Binary, Primitive, Unary, primitives
 from tapegrad.tensor import Operand, Tensor, next_id
 from tapegrad.variable import Variable
 
-# A program keeps all arrays until it ends, where the reverse pass lets go of them one by one. That
-# does not matter while they fit into a core's cache together; and beyond, overhead does not.
-MOST_BYTES = 1 << 20
+# A program keeps all arrays until it ends, where the reverse pass lets go of them one by one. So
+# much more memory matters to nobody; and for tapes that hold more, overhead does not: a step of a
+# network 784-256-256-10, 3.2 MiB for a batch of 128, is 3 % faster by a program, a small one 28 %.
+MOST_BYTES = 4 << 20
 MOST_CONSTANTS = 1 << 16  # bytes that a program keeps for ever
 
 

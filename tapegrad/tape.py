@@ -394,6 +394,7 @@ class GradientTape:
         self._begin_reverse_pass(user_call())
         try:
             with quiet():
+                # Who records must hear what the rules do, and kernels may take over on a GPU.
                 if self._late or state.recorders or not _backend.numpy_alone:
                     answers = self._interpreted(targets, leaves, weights)
                 else:
