@@ -816,14 +816,17 @@ def test_a_setting_that_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_targets_that_are_no_results() -> None:
-    def step(other: Any) -> Any:
+    def step(which: str) -> Any:
         with tg.GradientTape() as tape:
             y = a * b
-        return tape.gradient([y, tg.astype(y, np.int64), other], [a, b])
+            z = y * 2.0
+        others = {"constant": p, "variable": a, "integer": tg.astype(y, np.int64), "result": y}
+        return tape.gradient([z, others[which]], [a, b])
 
-    with counted() as count:
-        check(step, [(a,), (a,), (a,), (a,), (c,), (b,), (p,), (tg.Variable(3),), (a,)])
-        assert count.hits == 0
+    for which in ("constant", "variable", "integer"):
+        with counted() as count:
+            check(step, [(which,)] * (REPETITIONS + 1) + [("result",), ("variable",), (which,)])
+            assert count.hits == 0
 
 
 def test_a_rule_whose_numbers_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
