@@ -72,6 +72,7 @@ class Recording:
         self._arrays: dict[int, str] = {}  # by id: the name of its array
         self._leaves: dict[int, str] = {}  # by id: what is watched and no node's output
         self._made: set[int] = set()  # the ids of the outputs
+        self._ones: set[int] = set()  # the ids of what ones_like gave
         self._bytes = 0
         self._constants: dict[str, int] = {}  # the bytes of each
         self._refused = False
@@ -221,6 +222,8 @@ class Recording:
         self._bytes += sum(y._array.nbytes for y in outputs)
         if self._bytes > MOST_BYTES or not can_be_replayed(primitive):
             self._refused = True
+        if primitive.name == "ones_like":
+            self._ones.add(outputs[0].id)
         if not self._refused and primitive.name not in _OF_SHAPES:
             varying = [x for x in inputs if type(x) is Tensor and self._varies(x)]
             if varying:
@@ -229,9 +232,6 @@ class Recording:
 
     def _varies(self, x: Tensor) -> bool:
         return x.id in self._arrays or x.id in self._known
-
-    def _is_one(self, x: Any) -> bool:
-        return type(x) is Tensor and not self._varies(x) and bool(np.all(x._array == 1))
 
     def _call(
         self,
@@ -243,7 +243,8 @@ class Recording:
     ) -> None:
         places = [self._place(x) for x in inputs]
         y = outputs[0]
-        if primitive.name == "scale" and self._is_one(inputs[0]) and _kind(inputs[1]) == _kind(y):
+        of_ones = type(inputs[0]) is Tensor and inputs[0].id in self._ones
+        if primitive.name == "scale" and of_ones and _kind(inputs[1]) == _kind(y):
             self._arrays[y.id] = places[1]  # 1 * d: what comes of the seed
             return
         results = []
