@@ -136,13 +136,14 @@ class Recording:
         array = x._array
         bound = self._arrays[x.id] = f"a{len(self._arrays)}"
         if isinstance(array, np.generic):
-            return f"type({bound} := {name}._array) is not {self._name(type(array))}"
+            kind = self._name(type(array), type(array).__name__)
+            return f"type({bound} := {name}._array) is not {kind}"
         facts = self._unlike_array(f"({bound} := {name}._array)", array, bound)
         return facts if array.ndim else f"{facts} or type({bound}) is not {self._name(np.ndarray)}"
 
     def _unlike_array(self, first: str, x: Any, then: str = "") -> str:
         """Return when shape or dtype are others; equal dtypes are one object, but not unpickled."""
-        dtype, then = self._name(x.dtype), then or first
+        dtype, then = self._name(x.dtype, "dtype"), then or first
         return f"{first}.shape != {x.shape} or {then}.dtype is not {dtype} != {then}.dtype"
 
     def _operands(
