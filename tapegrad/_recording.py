@@ -22,7 +22,6 @@ _OWN_FILES = (
     contextlib.__file__,
 )
 
-
 Call = tuple[CodeType, int]  # the code that makes it, and at which instruction
 
 

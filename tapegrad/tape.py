@@ -37,8 +37,6 @@ from tapegrad.variable import Variable
 _USED_UP = (
     "A non-persistent GradientTape can only be used to compute one set of gradients (or jacobians)"
 )
-
-
 _NONE = UnconnectedGradients.NONE  # asking an enumeration for it takes 0.1 us
 
 

@@ -526,6 +526,11 @@ CHANGES: dict[str, tuple[Answer, Answer, bool]] = {
         lambda: of(ew._divide, a, b, wanted=[a]),
         False,
     ),
+    "no sources": (
+        lambda: of(ew._divide, a, b, wanted=[]),
+        lambda: of(ew._divide, a, b),
+        False,
+    ),
     "more sources": (
         lambda: of(ew._divide, a, b, wanted=[b]),
         lambda: of(ew._divide, a, b, wanted=[b, a]),
