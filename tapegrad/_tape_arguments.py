@@ -27,7 +27,8 @@ class UnconnectedGradients(enum.StrEnum):
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
     """Tell whether values of this type can have a derivative."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"
+    kind = dtype.kind
+    return kind == "f" or (kind == "V" and dtype.name == "bfloat16")  # a name takes NumPy 2 us
 
 
 def check_unconnected(value: Any) -> UnconnectedGradients:
@@ -84,7 +85,9 @@ def check_targets(target: Any) -> list[Operand]:
 
 
 def check_sources(sources: Any) -> list[Operand]:
-    """Return the leaves of the sources, each of them a Tensor or Variable."""
+    """Return the leaves of the sources, each of them a Tensor or Variable; a list as it is."""
+    if type(sources) is list and _OPERANDS.issuperset(map(type, sources)):
+        return sources
     leaves = flatten(sources)
     if not _OPERANDS.issuperset(map(type, leaves)) and not all(map(_is_operand, leaves)):
         refuse_unordered(sources, "sources")

@@ -270,7 +270,8 @@ def softmax_cross_entropy(
     tg.Tensor(0.6931472, shape=(), dtype=float32)
     """
     x, t = as_tensor(logits), as_tensor(labels)
-    if x.ndim < 1 or x.dtype.kind not in "fV":
+    shape, of_labels, kind = x._array.shape, t._array.shape, t._array.dtype.kind
+    if not shape or x._array.dtype.kind not in "fV":
         raise TypeError(
             f"[softmax_cross_entropy] logits must be floating, (..., classes), got "
             f"{x.dtype} of shape {x.shape}"
@@ -279,24 +280,23 @@ def softmax_cross_entropy(
         raise ValueError(
             f"[softmax_cross_entropy] label_smoothing must be from 0 to 1, got {label_smoothing!r}"
         )
-    classes = x.shape[-1]
+    classes = shape[-1]
     weights = None if class_weights is None else ew.astype(as_tensor(class_weights), x.dtype)
     if weights is not None and weights.shape != (classes,):
         raise ValueError(
             f"[softmax_cross_entropy] class_weights must have shape ({classes},), "
             f"got {weights.shape}"
         )
-    integers = t.dtype.kind in "iu"
-    expected = x.shape[:-1] if integers else x.shape
-    if t.shape != expected or t.dtype.kind == "b":
+    integers = kind in "iu"
+    if of_labels != (shape[:-1] if integers else shape) or kind == "b":
         raise ValueError(
             f"[softmax_cross_entropy] labels must be integers of shape {x.shape[:-1]} or "
             f"probabilities of shape {x.shape}, got {t.dtype} of shape {t.shape}"
         )
-    n = math.prod(x.shape[:-1])
-    rows = x if x.ndim == 2 else _reshape(x, shape=(n, classes))
+    n = math.prod(shape[:-1])
+    rows = x if len(shape) == 2 else _reshape(x, shape=(n, classes))
     if integers:
-        flat = t if t.ndim == 1 else _reshape(t, shape=(n,))
+        flat = t if len(of_labels) == 1 else _reshape(t, shape=(n,))
         plain = ignore_label is None and weights is None
         if plain and n and reduction == "mean" and is_recording(rows):
             return fused.mean_label_cross_entropy_with_grad(
@@ -306,11 +306,11 @@ def softmax_cross_entropy(
     else:
         if ignore_label is not None:
             raise ValueError("[softmax_cross_entropy] ignore_label goes with integer labels")
-        flat = t if t.ndim == 2 else _reshape(t, shape=(n, classes))
+        flat = t if len(shape) == 2 else _reshape(t, shape=(n, classes))
         flat = ew.astype(flat, x.dtype, copy=False)
         losses, weight = _from_targets(rows, flat, label_smoothing, weights), None
-    if x.ndim != 2 and reduction == "none":
-        losses = _reshape(losses, shape=x.shape[:-1])
+    if len(shape) != 2 and reduction == "none":
+        losses = _reshape(losses, shape=shape[:-1])
     return _reduced("softmax_cross_entropy", losses, weight, reduction)
 
 

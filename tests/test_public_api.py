@@ -176,7 +176,7 @@ LAYERS: list[list[str]] = [
     ["tensor"],
     ["_index", "primitive"],
     ["_flat_update", "linear", "printing", "variable"],
-    ["_tape_arguments", "formulas", "tape"],
+    ["_reverse", "_reverse_text", "_tape_arguments", "formulas", "tape"],
     ["ops", "ops.*"],
     ["activations", "fused", "nn", "random"],
     ["_function", "_function.*", "custom", "testing", "transforms"],

@@ -10,15 +10,22 @@ from tapegrad._index import parse
 from tapegrad.linear import add
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, linear_algebra, reductions, scans, shape
-from tapegrad.primitive import NotConvertible
+from tapegrad.primitive import NotConvertible, Primitive
 from tapegrad.tensor import Operand, Tensor
 from tapegrad.variable import Variable, VariableSlice
 
 
+def _called(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the method that calling a primitive comes to: 0.06 us less than by way of the type."""
+    return function.__call__ if isinstance(function, Primitive) else function
+
+
 def _operator(function: Callable[[Any, Any], Tensor]) -> Callable[[Operand, Any], Any]:
+    call = _called(function)
+
     def method(self: Operand, other: Any) -> Any:
         try:
-            return function(self, other)
+            return call(self, other)
         except NotConvertible:
             return NotImplemented  # Python asks the other side, and complains if there is none
 
@@ -26,9 +33,11 @@ def _operator(function: Callable[[Any, Any], Tensor]) -> Callable[[Operand, Any]
 
 
 def _reflected(function: Callable[[Any, Any], Tensor]) -> Callable[[Operand, Any], Any]:
+    call = _called(function)
+
     def method(self: Operand, other: Any) -> Any:
         try:
-            return function(other, self)
+            return call(other, self)
         except NotConvertible:
             return NotImplemented
 
