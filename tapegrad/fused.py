@@ -211,15 +211,34 @@ def _plain_label_loss(
     p = np.exp(shifted)
     total = np.add.reduce(p, 1, keepdims=True)
     # A label that is out of range, a row with a NaN or of -inf alone: as the long way says.
-    if labels.min() < 0 or labels.max() >= classes or ew._holds_nan(total):
+    if not _in_range(labels, classes) or ew._holds_nan(total):
         return None
-    chosen = labels + np.arange(0, p.size, classes)
+    chosen = labels + _row_starts(len(p), classes)
     loss = np.log(total).reshape(-1) - shifted.take(chosen)
     if not with_grad:
         return loss, None
     p /= total
     p.put(chosen, p.take(chosen) - p.dtype.type(1))
     return loss, p
+
+
+def _in_range(labels: Array, classes: int) -> bool:
+    if labels.dtype == np.int64:  # the negative ones are the largest as unsigned numbers
+        labels = labels.view(np.uint64)
+    elif labels.dtype.kind == "i" and np.minimum.reduce(labels) < 0:
+        return False
+    return bool(np.maximum.reduce(labels) < classes)
+
+
+@functools.lru_cache(maxsize=64)
+def _few_row_starts(rows: int, classes: int) -> Array:
+    return np.arange(0, rows * classes, classes)
+
+
+def _row_starts(rows: int, classes: int) -> Array:
+    """Return the place of each row's first element, kept for the next time if they are few."""
+    few = rows <= 1 << 14
+    return _few_row_starts(rows, classes) if few else np.arange(0, rows * classes, classes)
 
 
 def _checked_labels(
@@ -353,7 +372,8 @@ def _mean_label_loss(
 def _mean_of_rows(loss: Array, gradient: Any) -> tuple[Array, Array]:
     """Return the mean of the rows' losses, and its gradient in the rows' own memory."""
     gradient *= gradient.dtype.type(1) / len(loss)
-    return loss.sum() / len(loss), gradient
+    total = np.add.reduce(loss) if type(loss) is np.ndarray else loss.sum()  # half the time
+    return total / len(loss), gradient
 
 
 def _mean_label_kernel(

@@ -260,8 +260,7 @@ class GradientTape:
         if dtype.kind != "f" and not is_floating(dtype):
             return
         key, name = version.id, variable.id
-        if key not in self._watched:
-            self._watch_id(key)
+        self._watch_id(key)
         versions = self._versions.get(name)
         if versions is None:
             self._versions[name] = [key]
@@ -270,6 +269,8 @@ class GradientTape:
             versions.append(key)
 
     def _watch_id(self, key: int) -> None:
+        if key in self._watched:
+            return
         self._watched[key] = len(self._nodes)
         self._leaves.add(key)
         if key in self._used:
@@ -319,7 +320,7 @@ class GradientTape:
         if isinstance(x, Variable):
             self._asked.add(x.id)
             self._watch_version(x, _current(x))
-        elif x.id not in self._watched:
+        else:
             self._watch_id(x.id)
 
     def watched_variables(self) -> tuple[Variable, ...]:
