@@ -6,13 +6,10 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
-
-_T = TypeVar("_T")
 
 # Elements. Smaller blocks stay nearer to the cores, but Python's lock is taken between all calls:
 # Adam over 5.8 M parameters on two threads takes twice as long in blocks of 1 << 14.
@@ -42,11 +39,6 @@ def _forget_pool() -> None:
 
 if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child
     os.register_at_fork(after_in_child=_forget_pool)
-
-
-def on_another_thread(work: Callable[[], _T]) -> Future[_T]:
-    """Begin work beside this thread's own; warnings and the like are as they are here."""
-    return _threads().submit(contextvars.copy_context().run, work)
 
 
 def lanes(size: int) -> int:
@@ -83,7 +75,7 @@ def for_rows(
     ]
     # Each lane but this thread's own in a copy of its context: NumPy keeps there what it warns of.
     others = [
-        on_another_thread(partial(_lane, work, block, rows, i, each))
+        _threads().submit(contextvars.copy_context().run, _lane, work, block, rows, i, each)
         for i, each in enumerate(taken)
         if i
     ]

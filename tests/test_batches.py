@@ -252,7 +252,6 @@ def test_one_batch_is_made_ahead_and_no_more(ahead):
     batches = iter(Batches(np.arange(12), 2, shuffle=True))
     for taken in range(1, 5):
         next(batches)
-        _blocks.on_another_thread(lambda: None).result()
         assert taken <= len(ahead) <= taken + 1
 
 
@@ -310,6 +309,25 @@ def test_prefetch_is_one_item_ahead():
     used.set()
     assert made.wait(10)
     assert list(taken) == [1, 2]
+
+
+def test_prefetch_of_what_is_prefetched():
+    """Each has a thread: in a pool of few all could wait for one that never gets a turn."""
+    items = iter(range(20))
+    for _ in range(8):
+        items = tg.data.prefetch(items)
+    assert list(items) == list(range(20))
+
+
+def test_a_prefetch_that_is_left_early_ends_its_thread():
+    def prefetching():
+        return [t for t in threading.enumerate() if t.name.startswith("tapegrad-prefetch")]
+
+    taken = tg.data.prefetch(range(10))
+    next(taken)
+    assert len(prefetching()) == 1
+    taken.close()
+    assert not prefetching()
 
 
 def test_prefetch_records_nothing_and_raises_in_place():

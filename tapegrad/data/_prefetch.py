@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
-
-from tapegrad._blocks import on_another_thread
 
 _T = TypeVar("_T")
 _END = object()
@@ -26,12 +25,16 @@ def prefetch(items: Iterable[_T]) -> Iterator[_T]:
     >>> [batch.tolist() for batch in tg.data.prefetch(tg.data.Batches([1, 2, 3], 2))]
     [[1, 2], [3]]
     """
+    from concurrent.futures import ThreadPoolExecutor  # takes 5 ms to import
+
     iterator = iter(items)
 
     def take() -> _T | object:
         return next(iterator, _END)
 
-    coming = on_another_thread(take)
-    while (item := coming.result()) is not _END:
-        coming = on_another_thread(take)
-        yield item  # type: ignore[misc]
+    # A thread of its own: one that waits for another iterable's, or for blocks, keeps nobody up.
+    with ThreadPoolExecutor(1, thread_name_prefix="tapegrad-prefetch") as thread:
+        coming = thread.submit(contextvars.copy_context().run, take)
+        while (item := coming.result()) is not _END:
+            coming = thread.submit(contextvars.copy_context().run, take)
+            yield item  # type: ignore[misc]
