@@ -3,7 +3,6 @@
 import collections
 import itertools
 import math
-import threading
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapegrad as tg
-from tapegrad import _blocks
 from tapegrad.data import Batches
-from tapegrad.data import batches as batches_module
 
 
 def rows(batches):
@@ -211,138 +208,6 @@ def test_a_loop_that_is_left_early():
     with tg.GradientTape() as tape:
         y = w * w
     assert float(tape.gradient(y, w)) == 4.0
-
-
-# ---- the next batch, made while this one is used
-
-
-@pytest.fixture
-def ahead(monkeypatch):
-    """Let every batch be made on another thread, and note on which."""
-    threads = []
-    make = Batches._batch
-
-    def noted(self, order, i):
-        threads.append(threading.get_ident())
-        return make(self, order, i)
-
-    monkeypatch.setattr(Batches, "_batch", noted)
-    monkeypatch.setattr(batches_module, "_AHEAD", 0)
-    monkeypatch.setattr(_blocks, "_THREADS", 2)
-    return threads
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 7, 8])
-def test_batches_made_ahead_are_the_same(n, drop_last, ahead):
-    x = np.arange(3 * n).reshape(n, 3)
-    order = tg.random.Generator(5).permutation(n).numpy()
-    batches = Batches({"x": x, "y": (x[:, 0],)}, 2, shuffle=True, seed=5, drop_last=drop_last)
-    found = list(batches)
-    assert len(found) == len(batches)
-    for i, batch in enumerate(found):
-        part = order[2 * i : 2 * i + 2]
-        np.testing.assert_array_equal(batch["x"], x[part])
-        np.testing.assert_array_equal(batch["y"][0], x[part, 0])
-    assert len(ahead) == len(found)
-    assert threading.get_ident() not in ahead
-
-
-def test_one_batch_is_made_ahead_and_no_more(ahead):
-    batches = iter(Batches(np.arange(12), 2, shuffle=True))
-    for taken in range(1, 5):
-        next(batches)
-        assert taken <= len(ahead) <= taken + 1
-
-
-def test_what_may_change_is_not_read_ahead(ahead):
-    """A Variable's values are written in place: what another thread reads meanwhile is torn."""
-    v = tg.Variable(np.arange(6.0))
-    for x in Batches(v, 2, shuffle=True, seed=0):
-        assert ((x >= 0) & (x < 6)).numpy().all()
-        v.assign_add(np.full(6, 100.0))
-    assert set(ahead) == {threading.get_ident()}
-
-
-def test_what_goes_wrong_ahead_is_raised(ahead, monkeypatch):
-    make = Batches._batch
-
-    def failing(self, order, i):
-        if i == 2:
-            raise MemoryError("no room")
-        return make(self, order, i)
-
-    monkeypatch.setattr(Batches, "_batch", failing)
-    found = []
-    with pytest.raises(MemoryError, match="no room"):
-        found.extend(x for x in Batches(np.arange(12), 2, shuffle=True))
-    assert len(found) == 2
-
-
-def test_prefetch_takes_what_comes_from_any_iterable():
-    threads = set()
-
-    def items():
-        for i in range(5):
-            threads.add(threading.get_ident())
-            yield i * i
-
-    assert list(tg.data.prefetch(items())) == [0, 1, 4, 9, 16]
-    assert threading.get_ident() not in threads
-    assert list(tg.data.prefetch([])) == []
-    assert list(tg.data.prefetch([None, 0, [], tg])) == [None, 0, [], tg]
-
-
-def test_prefetch_is_one_item_ahead():
-    """While one item is used the next is made: each waits for the other here."""
-    made, used = threading.Event(), threading.Event()
-
-    def items():
-        yield 0
-        assert used.wait(10)
-        made.set()
-        yield 1
-        yield 2
-
-    taken = tg.data.prefetch(items())
-    assert next(taken) == 0
-    used.set()
-    assert made.wait(10)
-    assert list(taken) == [1, 2]
-
-
-def test_prefetch_of_what_is_prefetched():
-    """Each has a thread: in a pool of few all could wait for one that never gets a turn."""
-    items = iter(range(20))
-    for _ in range(8):
-        items = tg.data.prefetch(items)
-    assert list(items) == list(range(20))
-
-
-def test_a_prefetch_that_is_left_early_ends_its_thread():
-    def prefetching():
-        return [t for t in threading.enumerate() if t.name.startswith("tapegrad-prefetch")]
-
-    taken = tg.data.prefetch(range(10))
-    next(taken)
-    assert len(prefetching()) == 1
-    taken.close()
-    assert not prefetching()
-
-
-def test_prefetch_records_nothing_and_raises_in_place():
-    w = tg.Variable(3.0)
-
-    def items():
-        yield w * 2.0
-        raise OSError("the file is gone")
-
-    with tg.GradientTape() as tape:
-        batches = tg.data.prefetch(items())
-        y = next(batches) * w
-        with pytest.raises(OSError, match="the file is gone"):
-            next(batches)
-    assert float(tape.gradient(y, w)) == 6.0
 
 
 # ---- errors

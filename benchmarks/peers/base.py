@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -110,10 +110,6 @@ class Peer:
         """Return a mini-batch of (images, labels) for `mlp`'s step."""
         x, y = data
         return self.array(x[rows]), self.array(y[rows])
-
-    def batches(self, data: tuple[Any, Any], orders: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
-        """Return the mini-batches of these rows, one after the other."""
-        return (self.rows(data, rows) for rows in orders)
 
     def device_bytes(self) -> int | None:
         """Return the device memory taken at the most, where the peer knows."""
@@ -259,8 +255,8 @@ class Peer:
         def run() -> None:
             step, predict = self.mlp(problem)
             for _, orders in zip(range(epochs), given.orders(problem.batch), strict=False):
-                for batch in self.batches(train, orders):
-                    step(*batch)
+                for rows in orders:
+                    step(*self.rows(train, rows))
                 right = self.numpy(predict(test)).argmax(1) == given.test_labels
                 if right.mean() >= accuracy:
                     reached.append(1.0)
@@ -283,13 +279,13 @@ class Peer:
 
         def run() -> Any:
             loss = None
-            for batch in self.batches(train, next(orders)):
-                loss = step(*batch)
+            for rows in next(orders):
+                loss = step(*self.rows(train, rows))
             return loss
 
         def result() -> list[float]:
             first = next(orders)[:CHECKED_STEPS]
-            return self.numbers([step(*batch) for batch in self.batches(train, first)])
+            return self.numbers([step(*self.rows(train, rows)) for rows in first])
 
         return Prepared(run, result)
 

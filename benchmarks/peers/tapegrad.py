@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tapegrad as tg
@@ -93,12 +93,6 @@ class Tapegrad(TapePeer):
             return super().rows(data, rows)
         x, y = data
         return x[rows], y[rows]
-
-    def batches(self, data: tuple[Any, Any], orders: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
-        """Make large ones on another thread, as tapegrad.data.Batches does by itself."""
-        made = super().batches(data, orders)
-        large = data[0][:1].nbytes * len(orders[0]) >= 1 << 17
-        return tg.data.prefetch(made) if large and not self.clock else made
 
     def adam(self, parameters: Any, gradient: Any, rate: float) -> Callable[[], Any]:
         """Return the optimiser's step for one long Variable."""

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tapegrad.data._prefetch import prefetch
 from tapegrad.data.batches import Batches
 from tapegrad.data.steps import Steps
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from tapegrad.data.formats import read_csv, read_idx
     from tapegrad.data.npz import read_npz
 
-__all__ = ["Batches", "Dataset", "Steps", "load", "prefetch", "read_csv", "read_idx", "read_npz"]
+__all__ = ["Batches", "Dataset", "Steps", "load", "read_csv", "read_idx", "read_npz"]
 
 # Loaded when first asked for: the readers import what a program that only wants a tape does not.
 _HOMES = {

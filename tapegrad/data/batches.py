@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from tapegrad._blocks import lanes
 from tapegrad._recording import no_record
-from tapegrad._storage import lies_in_buffer
-from tapegrad._structure import flatten, flatten_with_paths, map_structure
-from tapegrad.data._prefetch import prefetch
+from tapegrad._structure import flatten_with_paths, map_structure
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import to_backend
 from tapegrad.ops.indexing import getitem, rows_at
@@ -68,20 +64,8 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of one epoch."""
         order = self._order()
-        batches = map(partial(self._batch, order), range(len(self)))
-        ahead = order is not None and self._pays_ahead()  # without an order they are views
-        yield from prefetch(batches) if ahead else batches
-
-    def _pays_ahead(self) -> bool:
-        """Tell whether gathering takes so long that it is done while the caller computes."""
-        arrays = flatten(self._arrays)
-        row = sum(x.nbytes for x in arrays) // max(1, self.rows)
-        return (
-            row * self.batch_size >= _AHEAD
-            and lanes(sys.maxsize) > 1
-            # What a Variable holds may change meanwhile.
-            and all(x.backend == "numpy" and not lies_in_buffer(x._array) for x in arrays)
-        )
+        for i in range(len(self)):
+            yield self._batch(order, i)
 
     def _order(self) -> Tensor | None:
         """Return the order of the rows in a new epoch, None for the one in which they lie."""
@@ -91,9 +75,6 @@ class Batches:
         part = slice(i * self.batch_size, (i + 1) * self.batch_size)
         with no_record():  # the caller's tapes see what the caller does
             return map_structure(partial(_part, order, part), self._arrays)
-
-
-_AHEAD = 1 << 17  # bytes of a batch
 
 
 def _tensors(arrays: Any) -> Any:
