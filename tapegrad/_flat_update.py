@@ -20,31 +20,31 @@ class FlatUpdate(Update):
 
     rule     what is done with a block.
     numbers  what the rule needs, of the hyper-parameters: Python numbers, or a device's arrays.
-    of_step  gives, of the same, a function of the step count, for the numbers that change with it:
-             they come last, and the count is the first setting.
+    counts   whether the step count is the first setting, before those that `numbers` takes: the
+             last that it returns is then a function of the count, for the numbers that change.
 
-    One setting more than these take is a factor for the gradient. Parameters go to the rule, but
-    for those that `numbers` takes by name.
+    One setting more than these is a factor for the gradient. Parameters go to the rule, but for
+    those that `numbers` takes by name.
     """
 
-    __slots__ = ("_known", "_named", "numbers", "of_step", "rule", "settings")
+    __slots__ = ("_known", "_named", "counts", "numbers", "rule", "settings")
 
     def __init__(
         self,
         name: str,
         rule: Callable[..., None],
         numbers: Callable[..., tuple[Any, ...]],
-        of_step: Callable[..., Callable[[Any], tuple[Any, ...]]] | None = None,
         *,
+        counts: bool = False,
         writes: int,
         kernel: Callable[..., Any],
     ) -> None:
         super().__init__(name, self._forward, writes=writes, kernel=kernel)
         self.rule = rule
         self.numbers = numbers
-        self.of_step = of_step
+        self.counts = counts
         code = numbers.__code__
-        self.settings = code.co_argcount + (of_step is not None)
+        self.settings = code.co_argcount + counts
         self._known: dict[Any, Any] = {}  # what `_on_host` has found
         self._named = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]
 
@@ -57,11 +57,8 @@ class FlatUpdate(Update):
             numbers, params = self._on_host([x.item() for x in settings], params, wide)
         else:  # asking for a device's values would wait for it: it computes where they are
             units, params = self.split(params)
-            if self.of_step is None:
-                found = self.numbers(*settings, **units)
-            else:
-                changing = self.of_step(*settings[1:], **units)(settings[0])
-                found = (*self.numbers(*settings[1:], **units), *changing)
+            constant, at = self.split_numbers(settings[self.counts :], units)
+            found = constant if at is None else (*constant, *at(settings[0]))
             numbers = [k.astype(wide) for k in found]
         scratch = spares(xp, g.size, wide)
         if g.size <= BLOCK and g.dtype == wide and not factors:
@@ -74,19 +71,26 @@ class FlatUpdate(Update):
         self, settings: list[Any], params: dict[str, Any], dtype: np.dtype[Any]
     ) -> tuple[list[Array], dict[str, Any]]:
         """Return the rule's numbers and its parameters; most are those of the step before."""
-        step = settings.pop(0) if self.of_step is not None else None
+        step = settings.pop(0) if self.counts else None
         key = (dtype, *settings, *params.items())
         known = self._known.get(key)
         if known is None:
             units, rest = self.split(params)
-            at = None if self.of_step is None else self.of_step(*settings, **units)
+            found, at = self.split_numbers(settings, units)
             # A ufunc takes an array without axes in two thirds of the time of a scalar.
-            constant = [np.array(k, dtype) for k in self.numbers(*settings, **units)]
+            constant = [np.array(k, dtype) for k in found]
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             known = self._known[key] = constant, at, rest
         constant, at, rest = known
         return constant if at is None else constant + [np.array(k, dtype) for k in at(step)], rest
+
+    def split_numbers(
+        self, settings: Sequence[Any], units: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Callable[[Any], tuple[Any, ...]] | None]:
+        """Return the numbers that stay, and the function of the step count for those after them."""
+        found = self.numbers(*settings, **units)
+        return (found[:-1], found[-1]) if self.counts else (found, None)
 
     def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the parameters that `numbers` takes, and those that the rule does."""

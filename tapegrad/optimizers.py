@@ -147,21 +147,7 @@ def _adam_numbers(
     *,
     unit_of_m: float = 1.0,
     unit_of_v: float = 1.0,
-) -> tuple[float, ...]:
-    take_m, take_v = (1 - beta_1) / unit_of_m, (1 - beta_2) / unit_of_v
-    return beta_1, take_m, beta_2, take_v, 1 - learning_rate * weight_decay
-
-
-def _adam_numbers_of_step(
-    learning_rate: float,
-    beta_1: float,
-    beta_2: float,
-    epsilon: float,
-    weight_decay: float,
-    *,
-    unit_of_m: float = 1.0,
-    unit_of_v: float = 1.0,
-) -> Callable[[int], tuple[float, ...]]:
+) -> tuple[Any, ...]:
     # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
     # the root: two passes over memory fewer.
     square_root = _square_root_for(beta_2)
@@ -170,7 +156,8 @@ def _adam_numbers_of_step(
         root = square_root((1 - beta_2**step) / unit_of_v)
         return learning_rate * root * (unit_of_m / (1 - beta_1**step)), epsilon * root
 
-    return at
+    take_m, take_v = (1 - beta_1) / unit_of_m, (1 - beta_2) / unit_of_v
+    return beta_1, take_m, beta_2, take_v, 1 - learning_rate * weight_decay, at
 
 
 def _square_root_for(x: Any) -> Callable[[Any], Any]:
@@ -213,7 +200,7 @@ rmsprop_update = FlatUpdate(
     "rmsprop", _rmsprop_rule, _rmsprop_numbers, writes=2, kernel=kernels.rmsprop
 )
 adam_update = FlatUpdate(
-    "adam", _adam_rule, _adam_numbers, _adam_numbers_of_step, writes=3, kernel=kernels.adam
+    "adam", _adam_rule, _adam_numbers, counts=True, writes=3, kernel=kernels.adam
 )
 
 
@@ -294,8 +281,8 @@ class _Group:
             (self._flat,) = self._memory(end, [0.0])
             self._buffer = Buffer(self._flat)
             self._buffer.shared = True
-            for variable, place in zip(members, self._places, strict=True):
-                view = self._flat[place : place + variable.size].reshape(variable.shape)
+            for i, variable in enumerate(members):
+                view = self._part(self._flat, i)
                 view[...] = variable._array
                 variable._place(self._buffer, view)
         self._slots = self._memory(self._flat.size, slots)
@@ -357,21 +344,20 @@ class _Group:
             ),
             over_memory(self._gradient_buffer, self._gradients[part]),
             tuple(self._places[i] - start for i in stretch),
-            tuple(self._gradient_of(i) for i in stretch),
+            tuple(self._part(self._gradients, i) for i in stretch),
             tuple(self._run([i], padded=False) for i in stretch) if apart else (),
             {f"unit_of_{name}": unit for name, unit in self.units.items()},
         )
 
-    def _gradient_of(self, i: int) -> Array:
-        """Return where a member's gradient goes, in its shape."""
+    def _part(self, flat: Array, i: int) -> Array:
+        """Return a member's part of a flat array, in its shape."""
         place, member = self._places[i], self.members[i]
-        return self._gradients[place : place + member.size].reshape(member.shape)
+        return flat[place : place + member.size].reshape(member.shape)
 
     def slot_of(self, variable: Variable, name: str, slot: int) -> Array:
         """Return the values of a variable's part of a slot, in its shape."""
         i = next(k for k, member in enumerate(self.members) if member is variable)
-        place = self._places[i]
-        part = self._slots[slot][place : place + variable.size].reshape(variable.shape)
+        part = self._part(self._slots[slot], i)
         return part * self.units[name] if name in self.units else part
 
 

@@ -265,9 +265,8 @@ class Replay:
                     arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
                     break
         with self._lock:
-            if self._leases:
-                for lease in self._leases:
-                    arrays = lease.end(arrays)
+            for lease in self._leases:
+                arrays = lease.end(arrays)
             if self._placements != _storage.placements:
                 self._check_placements()
             results = self._context.run(self._call, arrays)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._function.blocks import SoftmaxCrossEntropy
+from tapegrad._function.blocks import SoftmaxCrossEntropy, exponents
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
+
+
+def _one_of_each_row(b: Lowering, x: Value, axis: int) -> Place:
+    """Return memory for what a reduction along an axis gives, which stays as one of length 1."""
+    axis %= len(x.shape)
+    return b.arena((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
 
 
 @lowers("softmax")
 def _softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
     axis = step.params["axis"]
-    top = b.arena(
-        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
-    )
+    top = _one_of_each_row(b, x, axis)
     place = b.of(x)
     out = b.out(step, x)
     b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
@@ -35,9 +38,7 @@ def _softmax(b: Lowering, step: Step) -> bool:
 def _log_softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
     axis = step.params["axis"]
-    top = b.arena(
-        tuple(1 if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)), x.dtype
-    )
+    top = _one_of_each_row(b, x, axis)
     spare = b.arena(x.shape, x.dtype)
     place = b.of(x)
     out = b.out(step, x)
@@ -194,12 +195,9 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     b.call("dot", static(summing), both, sums)
     b.call("divide", e, each, out)
     b.call("subtract", out, hot, out)
-    # The byte that holds the exponent says whether a number is very small or very large.
-    top = dtype.itemsize - 1 if sys.byteorder == "little" else 0
-    last = b.view(sums, (3, n), lambda a: a[-3:].view(np.uint8)[:, top :: dtype.itemsize])
-    exponents = b.local((3 * n,), np.uint8)
-    b.line("{} = {}.tobytes()", exponents, last)
-    b.line("if 0 in {} or 127 in {}: {}[0] = nan", exponents, exponents, one)
+    seen = b.local((3 * n,), np.uint8)
+    b.line("{} = {}.tobytes()", seen, b.view(sums, (3, n), lambda a: exponents(a[-3:])))
+    b.line("if 0 in {} or 127 in {}: {}[0] = nan", seen, seen, one)
     b.call("divide", one, scaled_label, ratio)
     if total_step is None:
         b.call("log", ratio, b.out(step))

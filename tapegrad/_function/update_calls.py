@@ -31,7 +31,7 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     wide = computed_in(dtype)
     units, params = update.split(step.params)
     hyperparameters = [b.memory_of(x) for x in settings]
-    count = hyperparameters.pop(0) if update.of_step is not None else None
+    count = hyperparameters.pop(0) if update.counts else None
     numbers = _Numbers(update, units, wide, *_known(hyperparameters, count))
     row = _in_a_row(b, hyperparameters)
     b.line("if {}.tobytes() != {}.settings: {}.renew({}, {})", row, numbers, numbers, row, count)
@@ -115,11 +115,8 @@ class _Numbers:
         self.settings = b""
 
     def _of(self, settings: list[float], step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        constant = self._update.numbers(*settings, **self._units)
-        if self._update.of_step is None:
-            return constant, ()
-        self.at = self._update.of_step(*settings, **self._units)
-        return constant, self.at(step)
+        constant, self.at = self._update.split_numbers(settings, self._units)
+        return constant, () if self.at is None else self.at(step)
 
     def spread(self, first: Array, second: Array, size: int) -> Array | None:
         """Return two of the numbers, each `size` times: for those that hardly ever change."""
