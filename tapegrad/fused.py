@@ -50,7 +50,7 @@ def _relu_grad_forward(xp: Module, g: Array, y: Array) -> Array:
         # A product with 0 and 1: where takes ten times as long. They are the sign of relu's output,
         # or whether it is above 0: half the time, but for the few elements that a call costs.
         gx = g * (np.sign(y) if y.size < 1 << 13 else y > 0)
-        if not ew._holds_nan(gx):
+        if not ew.holds_nan(gx):
             return gx
     return xp.where(y > 0, g, xp.result_type(g, y).type(0))
 
@@ -211,7 +211,7 @@ def _plain_label_loss(
     p = np.exp(shifted)
     total = np.add.reduce(p, 1, keepdims=True)
     # A label that is out of range, a row with a NaN or of -inf alone: as the long way says.
-    if not _in_range(labels, classes) or ew._holds_nan(total):
+    if not _in_range(labels, classes) or ew.holds_nan(total):
         return None
     chosen = labels + _row_starts(len(p), classes)
     loss = np.log(total).reshape(-1) - shifted.take(chosen)

@@ -538,6 +538,21 @@ def test_a_mask_multiplied_in_does_as_well():
     np.testing.assert_array_equal(dx, [0.0, 0.25])
 
 
+@pytest.mark.parametrize("size", [1, 1 << 13, (1 << 13) + 1, 30_000])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_zero_gradient_stays_zero_in_arrays_of_any_size(size, dtype):
+    """Whether a product needs mending is asked in another way of large ones."""
+    for infinite in {0, size // 2, size - 1}:
+        x = np.ones(size, dtype)
+        x[infinite] = 0.0
+        mask = np.ones(size, dtype)
+        mask[infinite] = 0.0
+        v = tg.Variable(x)
+        with tg.GradientTape() as tape:
+            y = tg.sqrt(v) * mask
+        np.testing.assert_array_equal(tape.gradient(y, v), mask / 2)
+
+
 def test_a_nan_that_matters_is_not_hidden():
     _, (dx,) = value_and_gradients(lambda x: tg.sqrt(x) * x, -1.0)
     assert math.isnan(dx)

@@ -13,7 +13,7 @@ epilogues   on a GPU, products that do what comes after them: masks of ReLUs, su
 layout      how values of small networks are stored.
 gradients   which are computed where an optimiser gathers them.
 lowering    steps as calls of NumPy into planned memory: numpy_calls, softmax_calls and update_calls
-            say by which.
+            say by which, and own_calls has those that NumPy has not.
 blocks      runs of elementwise calls on large arrays, block by block over threads.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.

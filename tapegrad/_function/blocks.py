@@ -15,6 +15,7 @@ import numpy as np
 from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK, for_rows, lanes
 from tapegrad._function.lowering import Fresh, Line, Lowering, Place
+from tapegrad._function.own_calls import OWN_CALLS
 
 _LARGE = 1 << 18  # elements: below, all arrays of a run lie in a second-level cache anyway
 
@@ -27,27 +28,6 @@ class _Operand(NamedTuple):
     scratch: int
     rows: bool
 
-
-def keep_positive(y: Array, g: Array, mask: Array, out: Array) -> None:
-    """Let out be g where y > 0, else 0, all of them given as their bits; mask is scratch.
-
-    The bits of what is not above 0 are 0, but for NaN and what has a sign: as unsigned numbers
-    these are above those of infinity.
-    """
-    np.sign(y, mask)
-    infinity = _BITS_OF_INFINITY[y.itemsize]
-    if np.maximum.reduce(y, axis=None, initial=0) > infinity:
-        mask[y > infinity] = 0
-    np.multiply(g, mask, out)
-
-
-_BITS_OF_INFINITY = {
-    4: np.array(np.inf, np.float32).view(np.uint32)[()],
-    8: np.array(np.inf, np.float64).view(np.uint64)[()],
-}
-
-# What is called beside NumPy's own functions.
-OWN_CALLS: dict[str, Callable[..., None]] = {"keep_positive": keep_positive}
 
 # Blocks from which rows that all blocks share are written out for a whole one: a call on arrays of
 # one shape takes two thirds of the time of one that spreads a row.
@@ -343,7 +323,7 @@ class SoftmaxCrossEntropy:
         self._share = self._one if factor is None else np.array(factor, dtype)
         self._ones = None if exact else np.ones(shape[1], dtype)
         rows, classes = shape
-        self._block = max(1, BLOCK // classes)
+        self._block = max(1, 2 * BLOCK // classes)  # of two arrays, where a run has many
         block = min(self._block, rows)
         self._starts = np.arange(block) * classes
         self._scratch = [

@@ -221,7 +221,7 @@ def _cast(b: Lowering, step: Step) -> bool:
     if not y.shape:
         return False
     x = b.of(step.inputs[0])
-    b.line("copyto({}, {}, 'unsafe')", b.out(step), x)
+    b.call("converted", x, b.out(step))
     return True
 
 
@@ -231,11 +231,8 @@ def _where(b: Lowering, step: Step) -> bool:
     condition, x1, x2 = step.inputs
     if not y.shape or type(condition) is not Value or condition.dtype.kind != "b":
         return False
-    chosen = b.of(condition)
-    places = [b.of(x) for x in (x1, x2)]
-    out = b.out(step)
-    b.line("copyto({}, {}, 'unsafe')", out, places[1])
-    b.line("copyto({}, {}, 'unsafe', {})", out, places[0], chosen)
+    places = [b.of(x) if type(x) is Value else _number(x, y.dtype) for x in (x1, x2)]
+    b.call("chosen", b.of(condition), *places, b.out(step))
     return True
 
 
@@ -273,12 +270,10 @@ def _scale(b: Lowering, step: Step) -> bool:
             return False
         b.call("multiply", *places, b.out(step, g))
         return True
-    # Not in the memory of g: a repair reads it.
+    # No factor that could win? Else out is not in the memory of g: it is read once more.
+    plain = g.kind == "constant" and bool(np.all(g.source._array != 0))
     out = b.out(step) if g is d else b.out(step, d)
-    b.call("multiply", *places, out)
-    if g.kind == "constant" and bool(np.all(g.source._array != 0)):
-        return True  # no factor that could win
-    b.line("if holds_nan({}): repair({}, {})", out, out, places[0])
+    b.call("multiply" if plain else "scaled", *places, out)
     return True
 
 
@@ -303,9 +298,7 @@ def _scale_both(b: Lowering, step: Step) -> bool:
     if not y.shape or y.dtype.char not in "fd" or any(type(x) is not Value for x in step.inputs):
         return False
     places = [b.of(x) for x in step.inputs]
-    out = b.out(step)
-    b.call("multiply", *places, out)
-    b.line("if holds_nan({}): repair_both({}, {}, {})", out, out, *places)
+    b.call("scaled_both", *places, b.out(step))
     return True
 
 
@@ -366,12 +359,7 @@ def _masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
         place = b.out(step, g)
         b.call("keep_positive", b.integers(output), b.integers(gradient), mask, b.integers(place))
         return True
-    mask = b.like(y, turned)
-    place = b.out(step)
-    # Of relu's output the sign is 0 or 1, and NaN where it is NaN: the repair makes that 0.
-    b.call("sign", output, mask)
-    b.call("multiply", gradient, mask, place)
-    b.line("if holds_nan({}): mask_by({}, {}, {})", place, place, gradient, output)
+    b.call("masked", gradient, output, b.like(y, turned), b.out(step))
     return True
 
 

@@ -19,15 +19,17 @@ from tapegrad._function import (
     softmax_calls,  # noqa: F401  likewise
     update_calls,  # noqa: F401  likewise
 )
-from tapegrad._function.blocks import OWN_CALLS, in_blocks
+from tapegrad._function.blocks import in_blocks
 from tapegrad._function.layout import Layout
 from tapegrad._function.lease import Lease
 from tapegrad._function.lowering import Line, Lowering, Place
 from tapegrad._function.memory import allocate, place_in_arena
+from tapegrad._function.own_calls import OWN_CALLS
 from tapegrad._function.program import Program, Value
 from tapegrad._function.rewrites import writes_last
 from tapegrad._storage import Buffer, lies_in_buffer
 from tapegrad._structure import is_container, unflatten
+from tapegrad.ops.elementwise import holds_nan
 from tapegrad.tensor import Tensor, next_id
 from tapegrad.variable import Variable
 
@@ -35,24 +37,6 @@ _new = object.__new__
 
 
 # ---- what the text calls beside NumPy's own functions
-
-
-def _holds_nan(y: Array) -> bool:
-    flat = y.reshape(-1)  # a dot product is the fastest way to ask
-    dot = np.dot(flat, flat)
-    return bool(dot != dot)
-
-
-def _repair(y: Array, g: Array) -> None:
-    np.copyto(y, 0, where=np.equal(g, 0))
-
-
-def _repair_both(y: Array, a: Array, b: Array) -> None:
-    np.copyto(y, 0, where=np.equal(a, 0) | np.equal(b, 0))
-
-
-def _mask_by(gx: Array, g: Array, y: Array) -> None:
-    gx[...] = np.where(y > 0, g, gx.dtype.type(0))
 
 
 def _one_less(p: Array, index: Array, spare: Array) -> None:
@@ -92,10 +76,7 @@ _NAMES: dict[str, Any] = {
     "uint32": np.uint32,
     "uint64": np.uint64,
     "wrong_labels": _wrong_labels,
-    "holds_nan": _holds_nan,
-    "repair": _repair,
-    "repair_both": _repair_both,
-    "mask_by": _mask_by,
+    "holds_nan": holds_nan,
     "one_less": _one_less,
     "check_labels": _check_labels,
     **OWN_CALLS,

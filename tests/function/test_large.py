@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 import warnings
 
@@ -11,7 +12,8 @@ import pytest
 
 import tapegrad as tg
 from tapegrad import _blocks, _flat_update
-from tapegrad._function import blocks, lowering, softmax_calls, update_calls
+from tapegrad._function import blocks, lowering, own_calls, softmax_calls, update_calls
+from tapegrad.ops.elementwise import scale, scale_both
 from tests.cases import CASES
 from tests.function import test_operations
 from tests.function.compiled import assert_same, rewritten
@@ -142,11 +144,51 @@ def test_what_is_kept_where_a_number_is_positive(dtype):
     bits = f"u{y.itemsize}"
     for part in (slice(None), y >= 0, y == 1.0, slice(0, 0)):  # with and without what is rare
         out, mask = np.empty_like(g[part]), np.empty(y[part].shape, bits)
-        blocks.keep_positive(y[part].view(bits), g[part].view(bits), mask, out.view(bits))
+        own_calls.keep_positive(y[part].view(bits), g[part].view(bits), mask, out.view(bits))
         np.testing.assert_array_equal(out, want[part])
         own = g[part].view(bits)
-        blocks.keep_positive(y[part].view(bits), own, mask, own)  # in place
+        own_calls.keep_positive(y[part].view(bits), own, mask, own)  # in place
         np.testing.assert_array_equal(own.view(dtype), want[part])
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize(("name", "meaning"), [("scaled", scale), ("scaled_both", scale_both)])
+def test_products_in_which_zero_wins(name, meaning, dtype):
+    numbers = np.array([0.0, -0.0, 1.5, -2.0, np.inf, -np.inf, np.nan], dtype)
+    a, b = (x.ravel() for x in np.meshgrid(numbers, numbers))
+    with np.errstate(all="ignore"):
+        for part in (slice(None), np.isfinite(a * b)):  # with and without what needs mending
+            out = np.empty_like(a[part])
+            own_calls.OWN_CALLS[name](a[part], b[part], out)
+            np.testing.assert_array_equal(out, meaning.forward(np, a[part], b[part]))
+
+
+def plain_gelu(x):
+    return 0.5 * x * (1.0 + tg.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
+
+
+@pytest.mark.parametrize("rewrites", [True, False])
+def test_a_chain_is_one_run(rewrites, everything_is_large):
+    """Products that are mended where they hold a NaN, choices and casts do not cut it in two."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(25, 4))
+    x[3, 1], x[10, 2], x[24, 3] = np.nan, np.inf, 0.0
+
+    def step(x):
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            y = tg.where(x > 0.0, plain_gelu(x), tg.log(x))
+            z = tg.cast(y, "float32") * 2.0
+        return tape.gradient(z, x)
+
+    f = tg.function(step)
+    with rewritten(rewrites), np.errstate(all="ignore"):
+        want = step(tg.constant(x))
+        for _ in range(4):
+            assert_same(f(tg.constant(x)), want, rtol=1e-14 if rewrites else None)
+    assert np.isnan(want.numpy()).any()
+    assert len(re.findall(r"run\d+\(", f.explain_program())) == 1
+    assert f.programs[0].arena == 0
 
 
 @pytest.mark.parametrize("kind", LOSSES)
