@@ -122,33 +122,43 @@ def test_the_first_layer_has_no_input_gradient():
 
 # ---- rewrites that change the order of sums, on and off, over one step and several
 
-WIDTHS = [(1, 1), (3, 2), (64, 32, 32, 10), (7, 1, 5), (20, 30, 40, 3), (5, 300, 4)]
+WIDTHS = [
+    (1, 1),
+    (3, 2),
+    (64, 32, 32, 10),
+    (7, 1, 5),
+    (20, 30, 40, 3),
+    (5, 400, 4),
+    (400, 120, 90, 3),
+]
+
+
+def network(widths, dtype, *, with_logits=True):
+    """Return a training step of an MLP, and its Variables."""
+    rng = np.random.default_rng(0)
+    variables = []
+    for n, m in itertools.pairwise(widths):
+        variables.append(tg.Variable((rng.normal(size=(n, m)) / np.sqrt(n)).astype(dtype)))
+        variables.append(tg.Variable(rng.normal(size=m).astype(dtype)))
+    optimizer = tg.optimizers.SGD(0.1)
+
+    def step(x, labels):
+        with tg.GradientTape() as tape:
+            for w, b in zip(variables[:-2:2], variables[1:-2:2], strict=True):
+                x = tg.nn.linear_relu(x, w, b)
+            y = tg.nn.linear(x, *variables[-2:])
+            loss = tg.nn.softmax_cross_entropy(y, labels)
+        gradients = tape.gradient(loss, variables)
+        optimizer.apply(gradients, variables)
+        return (loss, y) if with_logits else loss
+
+    return step, variables
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("batch", [1, 2, 32, 100])
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_networks_switched_on_and_off(widths, batch, dtype):
-    def network():
-        rng = np.random.default_rng(0)
-        variables = []
-        for n, m in itertools.pairwise(widths):
-            variables.append(tg.Variable((rng.normal(size=(n, m)) / np.sqrt(n)).astype(dtype)))
-            variables.append(tg.Variable(rng.normal(size=m).astype(dtype)))
-        optimizer = tg.optimizers.SGD(0.1)
-
-        def step(x, labels):
-            with tg.GradientTape() as tape:
-                for w, b in zip(variables[:-2:2], variables[1:-2:2], strict=True):
-                    x = tg.nn.linear_relu(x, w, b)
-                y = tg.nn.linear(x, *variables[-2:])
-                loss = tg.nn.softmax_cross_entropy(y, labels)
-            gradients = tape.gradient(loss, variables)
-            optimizer.apply(gradients, variables)
-            return loss, y
-
-        return step, variables
-
     rng = np.random.default_rng(1)
     batches = [
         (
@@ -159,13 +169,43 @@ def test_networks_switched_on_and_off(widths, batch, dtype):
     ]
     runs = []
     for switch in (None, False, True):
-        step, variables = network()
+        step, variables = network(widths, dtype)
         call = step if switch is None else tg.function(step)
         with rewritten(bool(switch)):
             results = [[y.numpy() for y in call(*arguments)] for arguments in batches]
         runs.append((results, [v.numpy() for v in variables]))
     assert_same(runs[1], runs[0])
     assert_same(runs[2], runs[0], 1e-5 if dtype == "f4" else 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("widths", "layers", "thin"),
+    [
+        ((20, 30, 30, 3), r"c\d+\.dot\(c\d+, c\d+\)", False),  # feature by feature, with ones
+        ((400, 120, 90, 3), r"[xa]\d+\.dot\(c\d+, a\d+\)", False),  # by rows, and what follows
+        ((5, 400, 4), r"c\d+\.dot\(c\d+, a\d+\)", True),
+    ],
+)
+def test_products_suit_the_sizes_of_a_network(widths, layers, thin):
+    rng = np.random.default_rng(1)
+    x = tg.constant(rng.normal(size=(100, widths[0])))
+    labels = tg.constant(rng.integers(0, widths[-1], 100))
+    (step, variables), (compiled, others) = (
+        network(widths, "f8", with_logits=False) for _ in range(2)
+    )
+    f = tg.function(compiled)
+    for _ in range(4):
+        assert_same((f(x, labels), others), (step(x, labels), variables), 1e-13)
+    text = f.explain_program()
+    products = re.findall(r".*\.dot\(.*", text)
+    assert all(re.search(layers, product) for product in products[: len(widths) - 2])
+    assert bool(re.search(r"(a\d+)\[\.\.\.\] = .*\n.*dot\(\1, ", text)) == thin
+    # A mask is multiplied with what is stored as it is: else each call takes ten times as long.
+    program = f.programs[0]
+    names = {n: a for n, a in program._call.__globals__.items() if isinstance(a, np.ndarray)}
+    for line in re.findall(r"multiply\((\w+), (\w+), (\w+)\)", text):
+        layouts = {names[n].flags.c_contiguous for n in line if names[n].ndim == 2}
+        assert len(layouts) < 2, line
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
