@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
+from tapegrad._blocks import BLOCK, for_rows
 from tapegrad._recording import state
 from tapegrad.config import config
 from tapegrad.formulas import one_launch
@@ -203,22 +204,52 @@ def _shifted(xp: Module, logits: Array) -> tuple[Array, Array, Array]:
 
 
 def _plain_label_loss(
-    logits: Array, labels: Array, with_grad: bool
+    logits: Array, labels: Array, with_grad: bool, share: Any
 ) -> tuple[Array, Array | None] | None:
     """Do what `_label_loss` does for labels alone, where no row is special; else return None."""
-    classes = logits.shape[1]
-    shifted = logits - np.maximum.reduce(logits, 1, keepdims=True)
-    p = np.exp(shifted)
-    total = np.add.reduce(p, 1, keepdims=True)
-    # A label that is out of range, a row with a NaN or of -inf alone: as the long way says.
-    if not _in_range(labels, classes) or ew.holds_nan(total):
+    n, classes = logits.shape
+    if not _in_range(labels, classes):
         return None
-    chosen = labels + _row_starts(len(p), classes)
-    loss = np.log(total).reshape(-1) - shifted.take(chosen)
+    if logits.size < _IN_BLOCKS or not logits.flags.c_contiguous:
+        return _plain_rows(logits, labels, with_grad, share)
+    losses = np.empty(n, logits.dtype)
+    gradient = np.empty_like(logits) if with_grad else None
+    special = []
+
+    def work(rows: slice, _lane: int) -> None:
+        p = None if gradient is None else gradient[rows]
+        answer = _plain_rows(logits[rows], labels[rows], with_grad, share, p)
+        if answer is None:
+            special.append(rows)
+        else:
+            losses[rows] = answer[0]
+
+    for_rows(n, max(1, 2 * BLOCK // classes), logits.size, work)
+    return None if special else (losses, gradient)
+
+
+_IN_BLOCKS = 1 << 18  # elements: below, they lie in a second-level cache anyway
+
+
+def _plain_rows(
+    logits: Array, labels: Array, with_grad: bool, share: Any, out: Array | None = None
+) -> tuple[Array, Array | None] | None:
+    """Return the losses of some rows and their gradient, in `out` if that is given."""
+    top = np.maximum.reduce(logits, 1, keepdims=True)
+    p = logits - top if out is None else np.subtract(logits, top, out)
+    chosen = labels + _row_starts(*logits.shape)
+    picked = p.take(chosen)
+    np.exp(p, p)
+    total = np.add.reduce(p, 1, keepdims=True)
+    if ew.holds_nan(total):  # of a row with a NaN, or of -inf alone: as the long way says
+        return None
+    loss = np.log(total).reshape(-1) - picked
     if not with_grad:
         return loss, None
     p /= total
     p.put(chosen, p.take(chosen) - p.dtype.type(1))
+    if share is not None:
+        p *= share
     return loss, p
 
 
@@ -276,10 +307,12 @@ def _label_loss(
     label_smoothing: float,
     ignore_label: int | None,
     with_grad: bool,
+    share: Any = None,
 ) -> tuple[Array, Array | None]:
+    """Return the losses of rows, and their gradient, multiplied by `share` if it is given."""
     n, classes = logits.shape
     if xp is np and not label_smoothing and ignore_label is None and n:
-        answer = _plain_label_loss(logits, labels, with_grad)
+        answer = _plain_label_loss(logits, labels, with_grad, share)
         if answer is not None:
             return answer
     used, known = _checked_labels(xp, labels, classes, ignore_label)
@@ -303,6 +336,8 @@ def _label_loss(
     counted = used & known
     if not (xp is np and counted.all()):
         p = xp.where(counted[:, None], p, zero)
+    if share is not None:
+        p *= share
     return loss, p
 
 
@@ -365,14 +400,9 @@ label_cross_entropy_with_grad: MultiPrimitive = multi_primitive(
 def _mean_label_loss(
     xp: Module, logits: Array, labels: Array, **options: Any
 ) -> tuple[Array, Array]:
-    loss, gradient = _label_loss(xp, logits, labels, **options, with_grad=True)
-    return _mean_of_rows(loss, gradient)
-
-
-def _mean_of_rows(loss: Array, gradient: Any) -> tuple[Array, Array]:
-    """Return the mean of the rows' losses, and its gradient in the rows' own memory."""
-    gradient *= gradient.dtype.type(1) / len(loss)
-    total = np.add.reduce(loss) if type(loss) is np.ndarray else loss.sum()  # half the time
+    share = logits.dtype.type(1) / len(logits)
+    loss, gradient = _label_loss(xp, logits, labels, **options, with_grad=True, share=share)
+    total = np.add.reduce(loss) if xp is np else loss.sum()  # half the time
     return total / len(loss), gradient
 
 
@@ -380,7 +410,11 @@ def _mean_label_kernel(
     xp: Module, logits: Array, labels: Array, **options: Any
 ) -> tuple[Array, Array] | None:
     answer = loss_kernels.softmax_cross_entropy_with_grad(xp, logits, labels, **options)
-    return None if answer is None else _mean_of_rows(*answer)
+    if answer is None:
+        return None
+    loss, gradient = answer
+    gradient *= gradient.dtype.type(1) / len(loss)
+    return loss.sum() / len(loss), gradient
 
 
 def _mean_label_vjp(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import tapegrad as tg
-from tapegrad import _backend
+from tapegrad import _backend, _blocks, fused
+from tapegrad._blocks import for_rows
 from tapegrad.primitive import primitives
 
 sys.path.insert(0, str(Path(__file__).parent / "cpu_cuda"))
@@ -230,6 +231,42 @@ def test_mean_loss_passes_its_upstream_gradient_on():
     p = tg.nn.softmax(x).numpy() - np.eye(2)[labels]
     np.testing.assert_allclose(g.numpy(), p / 2, rtol=1e-6)
     np.testing.assert_allclose(outer.gradient(length, weight), 2 * (p / 2) ** 2 @ [1, 1] @ [1, 1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("special", [None, np.nan, -np.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_large_losses_are_those_of_their_rows(reduction, special, threads, monkeypatch):
+    """Bit for bit, in blocks over threads; a special row sends all of them the long way."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 7)), rng.integers(0, 7, 50)
+    if special is not None:
+        logits[33] = special
+
+    def derived(x):
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            loss = tg.nn.softmax_cross_entropy(x, labels, reduction=reduction)
+        return loss.numpy(), tape.gradient(loss, x).numpy(), alone(x).numpy()
+
+    alone = lambda x: tg.nn.softmax_cross_entropy(x, labels, reduction=reduction)
+    x = tg.constant(logits)
+    with np.errstate(all="ignore"):
+        want = derived(x)
+        monkeypatch.setattr(fused, "_IN_BLOCKS", 1)
+        monkeypatch.setattr(fused, "BLOCK", 14)
+        monkeypatch.setattr(_blocks, "_THREADS_FROM", 1)
+        monkeypatch.setattr(_blocks, "_THREADS", threads)
+        seen = []
+        monkeypatch.setattr(fused, "for_rows", lambda *a: (seen.append(a[:3]), for_rows(*a)))
+        by_columns = tg.transpose(tg.constant(np.ascontiguousarray(logits.T)))
+        for got in (derived(x), derived(by_columns)):
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+    assert seen == [(50, 4, 350)] * 2  # not of the columns
+    labels[40] = 7
+    with pytest.raises(ValueError, match="labels must be from 0 to 6, got 7"):
+        alone(x)
 
 
 def test_nan_stays_nan_and_its_gradient_is_zero():
