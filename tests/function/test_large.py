@@ -191,6 +191,32 @@ def test_a_chain_is_one_run(rewrites, everything_is_large):
     assert f.programs[0].arena == 0
 
 
+def test_runs_share_their_scratch(everything_is_large, monkeypatch):
+    made = []
+
+    class Spare(blocks._Spare):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(blocks, "_Spare", Spare)
+    x, w = (tg.constant(np.random.default_rng(k).normal(size=(70, 70))) for k in range(2))
+
+    def layers(count, x):
+        for _ in range(count):
+            x = plain_gelu((x @ w) * w[0])
+        return x
+
+    sizes = []
+    for count in (1, 5):
+        f = tg.function(lambda x, count=count: layers(count, x))
+        for _ in range(4):
+            assert_same(f(x), layers(count, x), rtol=1e-14)
+        assert len(re.findall(r"run\d+\(", f.explain_program())) == count
+        sizes.append(sum(buffer.nbytes for buffer in made[-1]._buffers))
+    assert sizes[0] == sizes[1] > 0
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_special_rows(kind, everything_is_large):
     test_operations.test_special_rows(kind)
