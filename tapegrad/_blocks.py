@@ -20,6 +20,17 @@ BLOCK = 1 << 17
 _THREADS_FROM = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 
+
+def _products_linger() -> bool:
+    ticks = os.environ.get("OPENBLAS_THREAD_TIMEOUT", "")
+    return not ticks.isdigit() or int(ticks) > 20
+
+
+# OpenBLAS's threads stay busy for 2**26 ticks, some 26 ms, after a product, in case there comes
+# another, and ours would share their cores: nets take 2 % longer with two threads than with one.
+# With OPENBLAS_THREAD_TIMEOUT=18, a tenth of a millisecond, they take 5 to 8 % less.
+_PRODUCTS_LINGER = _products_linger()
+
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
@@ -43,28 +54,26 @@ if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def lanes(size: int) -> int:
-    """Return how many threads `for_blocks` uses for so many elements."""
-    return 1 if size < _THREADS_FROM else _THREADS
+def lanes(size: int, *, beside_products: bool = False) -> int:
+    """Return how many threads pay for so many elements.
 
-
-def for_blocks(size: int, work: Callable[[slice, int], None]) -> None:
-    """Call `work(slice, lane)` on slices that cover 0 .. size, in any order.
-
-    One lane's calls come one after the other: what they use for scratch can be shared by lane.
+    beside_products  whether matrices are multiplied shortly before.
     """
-    for_rows(size, BLOCK, size, work)
+    alone = size < _THREADS_FROM or (beside_products and _PRODUCTS_LINGER)
+    return 1 if alone else _THREADS
 
 
 def for_rows(
-    rows: int, block: int, size: int, work: Callable[[slice, int], None], *, fixed: bool = False
+    rows: int, block: int, count: int, work: Callable[[slice, int], None], *, fixed: bool = False
 ) -> None:
-    """Do what `for_blocks` does, in blocks of so many rows, which hold `size` elements in all.
+    """Call `work(slice, lane)` on slices of `block` rows that cover all, in any order.
 
+    One lane's calls come one after the other: what they use for scratch can be shared by lane.
+
+    count  of lanes, each a thread.
     fixed  whether the same lane gets the same blocks each time: for sums that must not depend on
            which thread was faster. Else each lane takes the next block that is left.
     """
-    count = lanes(size)
     starts = range(0, rows, block)
     if count == 1:
         _lane(work, block, rows, 0, iter(starts))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
-from tapegrad._blocks import BLOCK, for_blocks, lanes
+from tapegrad._blocks import BLOCK, for_rows, lanes
 from tapegrad.primitive import Update
 
 
@@ -127,7 +127,7 @@ class FlatUpdate(Update):
         if xp is not np or arrays[0].size <= BLOCK:
             update(arrays, scratch[0])
         else:
-            for_blocks(arrays[0].size, block)
+            for_rows(arrays[0].size, BLOCK, len(scratch), block)
 
 
 _MOST_KNOWN = 64
@@ -138,8 +138,9 @@ def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
-def spares(xp: Module, size: int, dtype: Any) -> list[Array]:
+def spares(xp: Module, size: int, dtype: Any, *, beside_products: bool = False) -> list[Array]:
     """Return scratch for each lane of an update of so many elements."""
     if xp is not np:
         return [xp.empty(size, dtype)]
-    return [xp.empty(min(size, BLOCK), dtype) for _ in range(lanes(size))]
+    count = lanes(size, beside_products=beside_products)
+    return [xp.empty(min(size, BLOCK), dtype) for _ in range(count)]

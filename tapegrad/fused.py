@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
-from tapegrad._blocks import BLOCK, for_rows
+from tapegrad._blocks import BLOCK, for_rows, lanes
 from tapegrad._recording import state
 from tapegrad.config import config
 from tapegrad.formulas import one_launch
@@ -224,7 +224,7 @@ def _plain_label_loss(
         else:
             losses[rows] = answer[0]
 
-    for_rows(n, max(1, 2 * BLOCK // classes), logits.size, work)
+    for_rows(n, max(1, 2 * BLOCK // classes), lanes(logits.size), work)
     return None if special else (losses, gradient)
 
 

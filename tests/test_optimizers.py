@@ -370,7 +370,7 @@ def test_blocks_cover_every_element_once(monkeypatch, fixed, threads):
             lanes.setdefault(lane, []).append(s.start)
             assert workers.setdefault(lane, threading.get_ident()) == threading.get_ident()
 
-        _blocks.for_rows(size, 8, size, work, fixed=fixed)
+        _blocks.for_rows(size, 8, _blocks.lanes(size), work, fixed=fixed)
         assert (seen == 1).all()
         assert len(workers) <= (1 if size < 40 else threads)
         if fixed:
@@ -389,7 +389,17 @@ def test_what_a_block_raises_is_raised(monkeypatch):
 
     for size in (10, (1 << 20) + 5):
         with pytest.raises(ArithmeticError, match="the last block"):
-            _blocks.for_blocks(size, work)
+            _blocks.for_rows(size, _blocks.BLOCK, _blocks.lanes(size), work)
+
+
+@pytest.mark.parametrize(("ticks", "threads"), [("", 1), ("26", 1), ("x", 1), ("18", 3)])
+def test_threads_beside_products(ticks, threads, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", ticks)
+    monkeypatch.setattr(_blocks, "_PRODUCTS_LINGER", _blocks._products_linger())
+    monkeypatch.setattr(_blocks, "_THREADS", 3)
+    assert _blocks.lanes(1 << 22, beside_products=True) == threads
+    assert _blocks.lanes(1 << 22) == 3
+    assert _blocks.lanes(1 << 18) == 1
 
 
 # ---- variables without a gradient

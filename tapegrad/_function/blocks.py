@@ -67,6 +67,7 @@ class Run:
     calls    names of functions with their operands, of which the last is written.
     sums     matrices whose rows are summed on the way, where the sums go, and their types.
     scratch  shapes of rows, and types, of what only the calls themselves need.
+    lanes    over how many threads.
     spare    where that lies.
     """
 
@@ -79,19 +80,20 @@ class Run:
         shape: tuple[int, ...],
         scratch: Sequence[tuple[tuple[int, ...], Any]],
         locals_: int,
+        lanes: int,
         spare: _Spare,
     ) -> None:
         spare.begin()
         self._rows = shape[0]
-        self._size = size = int(np.prod(shape))
-        self._block = min(self._rows, max(1, BLOCK * shape[0] // size))
+        self._lanes = lanes
+        self._block = min(self._rows, max(1, BLOCK * shape[0] // int(np.prod(shape))))
         self._sums = [out for _, out, _ in sums]
         # For each lane, the sum of one block, and of all of them.
-        self._partial = [np.zeros((lanes(size), 2, *shape[1:]), dtype) for _, _, dtype in sums]
+        self._partial = [np.zeros((lanes, 2, *shape[1:]), dtype) for _, _, dtype in sums]
         own = [
             [spare.take((self._block, *tail), dtype) for tail, dtype in scratch]
             + [np.ones(self._block, dtype) for _, _, dtype in sums]
-            for _ in range(lanes(size))
+            for _ in range(lanes)
         ]
         written = _Blocks(
             self._block,
@@ -114,7 +116,7 @@ class Run:
         for row, whole in self._spread:
             whole[...] = row
         work = self._work(*arrays)
-        for_rows(self._rows, self._block, self._size, work, fixed=bool(self._sums))
+        for_rows(self._rows, self._block, self._lanes, work, fixed=bool(self._sums))
         for out, partial in zip(self._sums, self._partial, strict=True):
             partial[:, 1].sum(0, out=arrays[out.local] if out.local >= 0 else out.array)
 
@@ -223,7 +225,7 @@ def in_blocks(lowered: Lowering) -> None:
             and _joins(lines[end], lines[start:end], shape)
         ):
             end += 1
-        if shape is not None and (end - start > 1 or lanes(int(np.prod(shape))) > 1):
+        if shape is not None and (end - start > 1 or _lanes(shape, lowered) > 1):
             part = lines[start:end]
             kept += [line for line in part if _makes_array(line)]
             calls = [line for line in part if not _makes_array(line)]
@@ -235,6 +237,10 @@ def in_blocks(lowered: Lowering) -> None:
     if lowered.writes_from >= len(lines):
         writes_from = len(kept)
     lowered.lines, lowered.writes_from = kept, writes_from
+
+
+def _lanes(shape: tuple[int, ...], lowered: Lowering) -> int:
+    return lanes(int(np.prod(shape)), beside_products=lowered.multiplies)
 
 
 def _joins(line: Line, before: Sequence[Line], shape: tuple[int, ...]) -> bool:
@@ -326,7 +332,7 @@ def _run(
                 sums.append((given[0], given[1], operands[0][0].dtype))
             else:
                 bound.append((name, given))
-        return Run(bound, sums, shape, scratch, len(locals_), spare)
+        return Run(bound, sums, shape, scratch, len(locals_), _lanes(shape, lowered), spare)
 
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
     line.make = make
@@ -368,11 +374,11 @@ class SoftmaxCrossEntropy:
                 np.empty(block, np.int64),
                 np.empty((block, classes), dtype),
             )
-            for _ in range(lanes(rows * classes))
+            for _ in range(lanes(rows * classes))  # exponentials are worth it beside products too
         ]
 
     def __call__(self, logits: Array, labels: Array, losses: Array, gradient: Array | None) -> None:
-        rows, classes = self._shape
+        rows = self._shape[0]
 
         def work(s: slice, lane: int) -> None:
             n = s.stop - s.start
@@ -395,7 +401,7 @@ class SoftmaxCrossEntropy:
                     if gradient is not None:
                         p[...] = answer[1] if self._factor is None else answer[1] * self._factor
 
-        for_rows(rows, self._block, rows * classes, work)
+        for_rows(rows, self._block, len(self._scratch), work)
 
     def _quickly(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array

@@ -142,6 +142,9 @@ lowerings: dict[str, Lower] = {}
 VIEWS = frozenset(("broadcast_to", "getitem", "permute", "reshape", "row", "stop_gradient"))
 
 
+_PRODUCTS = frozenset(("matmul", "linear", "linear_relu"))
+
+
 def lowers(*names: str) -> Callable[[Lower], Lower]:
     """Enter a function in the table of lowerings."""
 
@@ -165,6 +168,7 @@ class Lowering:
         self.extended: dict[Value, Array] = {}  # matrices with the ones beside them, transposed
         self._stacks = {y: s for s in map(_Stack, layout.stacks) for y in s.members}
         self.done: set[Step] = set()  # what came with an earlier step
+        self.multiplies = any(step.name in _PRODUCTS for step in program.steps)
         self.users: dict[Value, list[Step]] = {}
         for step in program.steps:
             for x in step.values():

@@ -39,7 +39,7 @@ def _flat_update(b: Lowering, step: Step) -> bool:
         left = ", ".join(["{}[()]"] * len(numbers.changing))
         b.line(left + " = {}.at({}.item())", *map(static, numbers.changing), numbers, count)
     if g.size > BLOCK or dtype != wide:
-        scratch = spares(np, g.size, wide)
+        scratch = spares(np, g.size, wide, beside_products=b.multiplies)
         rule = functools.partial(update.update_blocks, np, arrays, scratch, numbers.all, **params)
         b.bound(_named(step.name, rule))
         return True

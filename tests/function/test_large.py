@@ -31,6 +31,7 @@ def everything_is_large(request, monkeypatch):
     if request.param == "blocks over threads":
         monkeypatch.setattr(_blocks, "_THREADS_FROM", 16)
         monkeypatch.setattr(_blocks, "_THREADS", 3)
+        monkeypatch.setattr(_blocks, "_PRODUCTS_LINGER", False)
         monkeypatch.setattr(_blocks, "_pool", None)
     yield
     if request.param == "blocks over threads" and _blocks._pool is not None:
@@ -215,6 +216,36 @@ def test_runs_share_their_scratch(everything_is_large, monkeypatch):
         assert len(re.findall(r"run\d+\(", f.explain_program())) == count
         sizes.append(sum(buffer.nbytes for buffer in made[-1]._buffers))
     assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("lingers", [True, False])
+def test_one_thread_beside_products(lingers, everything_is_large, monkeypatch):
+    """Whose own threads would be in the way: of runs, and of an update."""
+    monkeypatch.setattr(_blocks, "_PRODUCTS_LINGER", lingers)
+    counts = []
+    for module in (blocks, _flat_update):
+        plain = module.for_rows
+        monkeypatch.setattr(
+            module,
+            "for_rows",
+            lambda *a, plain=plain, **k: (counts.append(a[2]), plain(*a, **k))[1],
+        )
+    v, optimizer = tg.Variable(np.ones((20, 20))), tg.optimizers.Adam(0.1)
+
+    def step(x, multiply):
+        with tg.GradientTape() as tape:
+            y = plain_gelu(x @ v if multiply else x * v)
+        optimizer.apply([tape.gradient(y, v)], [v])
+
+    for multiply in (False, True):
+        f = tg.function(step)
+        for _ in range(3):
+            f(tg.ones((20, 20), dtype="f8"), multiply)
+        counts.clear()
+        f(tg.ones((20, 20), dtype="f8"), multiply)
+        lanes = _blocks.lanes(400)
+        assert len(counts) > 1
+        assert set(counts) == {1 if multiply and lingers else lanes}
 
 
 @pytest.mark.parametrize("kind", LOSSES)
