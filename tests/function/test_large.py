@@ -152,11 +152,12 @@ def test_what_is_kept_where_a_number_is_positive(dtype):
         np.testing.assert_array_equal(own.view(dtype), want[part])
 
 
+@pytest.mark.parametrize("times", [1, 1000])  # of many it is asked in another way
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize(("name", "meaning"), [("scaled", scale), ("scaled_both", scale_both)])
-def test_products_in_which_zero_wins(name, meaning, dtype):
+def test_products_in_which_zero_wins(name, meaning, dtype, times):
     numbers = np.array([0.0, -0.0, 1.5, -2.0, np.inf, -np.inf, np.nan], dtype)
-    a, b = (x.ravel() for x in np.meshgrid(numbers, numbers))
+    a, b = (np.tile(x.ravel(), times) for x in np.meshgrid(numbers, numbers))
     with np.errstate(all="ignore"):
         for part in (slice(None), np.isfinite(a * b)):  # with and without what needs mending
             out = np.empty_like(a[part])
