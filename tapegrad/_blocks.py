@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # and ReLU (4096, 4096) take 1.2 times as long, and at 1 << 18 over a chain of five arrays too. From
 # 460,800 on OpenBLAS spreads sums of rows over threads of its own, which wait for each other.
 BLOCK = 1 << 17
+LARGE = 1 << 18  # elements: below, all arrays of some work lie in a second-level cache anyway
 # From here on two threads beat one; below, handing work over costs more than it saves.
 _THREADS_FROM = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
@@ -61,6 +62,11 @@ def lanes(size: int, *, beside_products: bool = False) -> int:
     """
     alone = size < _THREADS_FROM or (beside_products and _PRODUCTS_LINGER)
     return 1 if alone else _THREADS
+
+
+def loss_rows(classes: int) -> int:
+    """Return how many rows of a cross-entropy are a block: of two arrays, where a run has many."""
+    return max(1, 2 * BLOCK // classes)
 
 
 def for_rows(

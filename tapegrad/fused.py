@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
-from tapegrad._blocks import BLOCK, for_rows, lanes
+from tapegrad._blocks import LARGE, for_rows, lanes, loss_rows
 from tapegrad._recording import state
 from tapegrad.config import config
 from tapegrad.formulas import one_launch
@@ -210,7 +210,7 @@ def _plain_label_loss(
     n, classes = logits.shape
     if not _in_range(labels, classes):
         return None
-    if logits.size < _IN_BLOCKS or not logits.flags.c_contiguous:
+    if logits.size < LARGE or not logits.flags.c_contiguous:
         return _plain_rows(logits, labels, with_grad, share)
     losses = np.empty(n, logits.dtype)
     gradient = np.empty_like(logits) if with_grad else None
@@ -224,11 +224,8 @@ def _plain_label_loss(
         else:
             losses[rows] = answer[0]
 
-    for_rows(n, max(1, 2 * BLOCK // classes), lanes(logits.size), work)
+    for_rows(n, loss_rows(classes), lanes(logits.size), work)
     return None if special else (losses, gradient)
-
-
-_IN_BLOCKS = 1 << 18  # elements: below, they lie in a second-level cache anyway
 
 
 def _plain_rows(

@@ -253,8 +253,8 @@ def test_large_losses_are_those_of_their_rows(reduction, special, threads, monke
     x = tg.constant(logits)
     with np.errstate(all="ignore"):
         want = derived(x)
-        monkeypatch.setattr(fused, "_IN_BLOCKS", 1)
-        monkeypatch.setattr(fused, "BLOCK", 14)
+        monkeypatch.setattr(fused, "LARGE", 1)
+        monkeypatch.setattr(_blocks, "BLOCK", 14)
         monkeypatch.setattr(_blocks, "_THREADS_FROM", 1)
         monkeypatch.setattr(_blocks, "_THREADS", threads)
         seen = []

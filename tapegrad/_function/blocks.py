@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._blocks import BLOCK, for_rows, lanes
+from tapegrad._blocks import BLOCK, LARGE, for_rows, lanes, loss_rows
 from tapegrad._function.lowering import Fresh, Line, Lowering, Place
 from tapegrad._function.own_calls import OWN_CALLS
-
-_LARGE = 1 << 18  # elements: below, all arrays of a run lie in a second-level cache anyway
 
 
 class _Operand(NamedTuple):
@@ -267,7 +265,7 @@ def _shape(line: Line) -> tuple[int, ...] | None:
         return None
     *inputs, out = line.operands
     shape: tuple[int, ...] = out.shape
-    if len(shape) < 1 or int(np.prod(shape)) < _LARGE or not _by_rows(out):
+    if len(shape) < 1 or int(np.prod(shape)) < LARGE or not _by_rows(out):
         return None
     for x in inputs:
         if not isinstance(x, Place) or not _by_rows(x):
@@ -365,7 +363,7 @@ class SoftmaxCrossEntropy:
         self._share = self._one if factor is None else np.array(factor, dtype)
         self._ones = None if exact else np.ones(shape[1], dtype)
         rows, classes = shape
-        self._block = max(1, 2 * BLOCK // classes)  # of two arrays, where a run has many
+        self._block = loss_rows(classes)
         block = min(self._block, rows)
         self._starts = np.arange(block) * classes
         self._scratch = [

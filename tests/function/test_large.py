@@ -25,7 +25,7 @@ from tests.function.test_random_programs import compare
 def everything_is_large(request, monkeypatch):
     for module in (blocks, _blocks, _flat_update, update_calls):
         monkeypatch.setattr(module, "BLOCK", 8)
-    monkeypatch.setattr(blocks, "_LARGE", 1)
+    monkeypatch.setattr(blocks, "LARGE", 1)
     monkeypatch.setattr(lowering, "_RECYCLED", 1)
     monkeypatch.setattr(softmax_calls, "_BY_ROWS", 1)
     if request.param == "blocks over threads":
