@@ -175,7 +175,7 @@ LAYERS: list[list[str]] = [
     ["_blocks", "_host_memory", "_quiet", "_storage", "_structure"],
     ["tensor"],
     ["_index", "primitive"],
-    ["_flat_update", "linear", "printing", "variable"],
+    ["_flat_parameters", "_flat_update", "_update_rules", "linear", "printing", "variable"],
     ["_reverse", "_reverse_text", "_tape_arguments", "formulas", "tape"],
     ["ops", "ops.*"],
     ["activations", "fused", "nn", "random"],
