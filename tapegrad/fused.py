@@ -26,7 +26,7 @@ from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
 from tapegrad.linear import sum_to as _sum_to
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import indexing, linear_algebra, reductions
+from tapegrad.ops import indexing, linear_algebra, logic, reductions
 from tapegrad.primitive import MultiPrimitive, Primitive, multi_primitive, primitive
 from tapegrad.tensor import Tensor
 
@@ -346,9 +346,9 @@ def _label_hessian(logits: Tensor, labels: Tensor, G: Tensor, ignore_label: int 
 
 def _counted(labels: Tensor, classes: int, ignore_label: int | None) -> Tensor:
     """Tell of each row, (n, 1), whether its label is a class and not ignored."""
-    counted = ew.logical_and(ew.greater_equal(labels, 0), ew.less(labels, classes))
+    counted = logic.logical_and(logic.greater_equal(labels, 0), logic.less(labels, classes))
     if ignore_label is not None:
-        counted = ew.logical_and(counted, ew.not_equal(labels, ignore_label))
+        counted = logic.logical_and(counted, logic.not_equal(labels, ignore_label))
     return _reshape(counted, shape=(*counted.shape, 1))
 
 
