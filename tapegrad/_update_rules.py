@@ -27,9 +27,15 @@ def _sgd_numbers(learning_rate: float) -> tuple[float, ...]:
     return (learning_rate,)
 
 
+def _times(xp: Module, x: Array, number: Any, spare: Array) -> Array:
+    """Return x * number, in spare; x itself where a CPU's number is 1."""
+    if xp is np and number.item() == 1:  # a device would be waited for
+        return x
+    return xp.multiply(x, number, spare)
+
+
 def _sgd_rule(xp: Module, p: Array, g: Array, spare: Array, rate: Any) -> None:
-    xp.multiply(g, rate, spare)
-    xp.subtract(p, spare, p)
+    xp.subtract(p, _times(xp, g, rate, spare), p)
 
 
 def _momentum_numbers(learning_rate: float, momentum: float) -> tuple[float, ...]:
@@ -47,16 +53,15 @@ def _momentum_rule(
     *,
     nesterov: bool,
 ) -> None:
-    multiply, subtract, add = xp.multiply, xp.subtract, xp.add
-    multiply(g, rate, spare)
-    multiply(v, mu, v)
-    subtract(v, spare, v)
+    step = _times(xp, g, rate, spare)
+    xp.multiply(v, mu, v)
+    xp.subtract(v, step, v)
     if nesterov:
-        subtract(p, spare, p)
-        multiply(v, mu, spare)
-        add(p, spare, p)
+        xp.subtract(p, step, p)
+        xp.multiply(v, mu, spare)
+        xp.add(p, spare, p)
     else:
-        add(p, v, p)
+        xp.add(p, v, p)
 
 
 def _divide_by_root(xp: Module, g: Array, square: Array, spare: Array, rate: Any, eps: Any) -> None:
@@ -88,11 +93,9 @@ def _adagrad_rule(
 
 def _average(xp: Module, a: Array, x: Array, spare: Array, keep: Any, take: Any) -> None:
     """Let a = keep * a + take * x; x may be spare."""
-    if xp is not np or take.item() != 1:  # a device would be waited for
-        xp.multiply(x, take, spare)
-        x = spare
+    taken = _times(xp, x, take, spare)
     xp.multiply(a, keep, a)
-    xp.add(a, x, a)
+    xp.add(a, taken, a)
 
 
 def _rmsprop_numbers(

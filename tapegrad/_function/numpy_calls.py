@@ -218,10 +218,13 @@ def _softplus(b: Lowering, step: Step) -> bool:
 @lowers("cast")
 def _cast(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
-    if not y.shape:
-        return False
     x = b.of(step.inputs[0])
-    b.call("converted", x, b.out(step))
+    if y.shape:
+        b.call("converted", x, b.out(step))
+        return True
+    number = b.local((), y.dtype)
+    b.line("{} = {}.astype({})", number, x, y.dtype)
+    b.set(y, number)
     return True
 
 
