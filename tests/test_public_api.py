@@ -176,7 +176,7 @@ LAYERS: list[list[str]] = [
     ["tensor"],
     ["_index", "primitive"],
     ["_flat_parameters", "_flat_update", "_update_rules", "linear", "printing", "variable"],
-    ["_reverse", "_reverse_text", "_tape_arguments", "formulas", "tape"],
+    ["_pullback", "_reverse", "_reverse_text", "_tape_arguments", "formulas", "tape"],
     ["ops", "ops.*"],
     ["activations", "fused", "nn", "random"],
     ["_function", "_function.*", "custom", "testing", "transforms"],
