@@ -193,6 +193,43 @@ def test_a_chain_is_one_run(rewrites, everything_is_large):
     assert f.programs[0].arena == 0
 
 
+VIEWS = {
+    "transpose": tg.transpose,
+    "rows reversed": lambda g: g[::-1],
+    "columns reversed": lambda g: g[:, ::-1],
+    "first row": lambda g: g[0],
+    "last column": lambda g: g[:, -1:],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_gradients_in_the_optimizers_buffer(name, everything_is_large):
+    """A block of the transpose needs all blocks of what it shows."""
+    view, inputs = VIEWS[name], np.random.default_rng(1).normal(size=(5, 8, 8))
+
+    def run(compiled):
+        w = tg.Variable(np.random.default_rng(0).normal(size=(8, 8)))
+        mixed = tg.Variable(np.zeros((8, 8)), trainable=False)
+        optimizer = tg.optimizers.SGD(0.1)
+
+        def step(x):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(tg.tanh(w * x) * x)
+            g = tape.gradient(loss, w)
+            y = view(g) - g * g
+            optimizer.apply_gradients([(g, w)])
+            mixed.assign(y)
+
+        f = tg.function(step) if compiled else step
+        found = []
+        for x in inputs:
+            f(tg.constant(x))
+            found += [+w, +mixed]
+        return found
+
+    assert_same(run(True), run(False), rtol=1e-13)
+
+
 def test_runs_share_their_scratch(everything_is_large, monkeypatch):
     made = []
 
