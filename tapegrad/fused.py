@@ -53,6 +53,9 @@ def _relu_grad_forward(xp: Module, g: Array, y: Array) -> Array:
         gx = g * (np.sign(y) if y.size < 1 << 13 else y > 0)
         if not ew.holds_nan(gx):
             return gx
+        positive = y > 0
+        gx = g * positive  # a zero keeps the sign that it has where no NaN was met
+        return np.where(np.isnan(gx) & ~positive, gx.dtype.type(0), gx)
     return xp.where(y > 0, g, xp.result_type(g, y).type(0))
 
 

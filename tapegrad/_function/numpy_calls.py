@@ -94,7 +94,7 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
     for x in step.inputs:
         if type(x) is Value and x.kind == "constant" and x.size > 1 and len(shapes) == 2:
             array = np.asarray(x.source._array)
-            if array.size and (array == array.flat[0]).all():
+            if _holds_one_number(array):
                 other = shapes[0] if step.inputs[1] is x else shapes[1]
                 if np.broadcast_shapes(*shapes) == other:  # one number does as well
                     found.append(
@@ -108,6 +108,12 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
                 place = Place("static", (), dtype, array=np.asarray(x, dtype))
         found.append(place)
     return found
+
+
+def _holds_one_number(array: Array) -> bool:
+    """Tell whether an array holds the same bits throughout: 0.0 and -0.0 are two numbers."""
+    bits = np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
+    return bool((bits == bits[0]).all())
 
 
 def _scalar(b: Lowering, step: Step, text: str, *operands: Any) -> bool:

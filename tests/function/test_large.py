@@ -165,6 +165,26 @@ def test_products_in_which_zero_wins(name, meaning, dtype, times):
             np.testing.assert_array_equal(out, meaning.forward(np, a[part], b[part]))
 
 
+@pytest.mark.parametrize("function", [tg.log, tg.nn.relu, lambda x: x / x])
+def test_signs_of_zeros_do_not_depend_on_the_block(function, everything_is_large):
+    """A NaN in another block, or none: a zero that a product gave keeps its sign."""
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(40, 3)), np.resize([0.0, -0.0, 1.0, -1.0], (40, 3))
+    x[5, 1], g[5, 1], x[17, 2], g[17, 2] = 0.0, 0.0, np.nan, -1.0
+
+    def step(x, g):
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x, output_gradients=g)
+
+    with rewritten(False), np.errstate(all="ignore"):
+        f = tg.function(step)
+        for _ in range(4):
+            assert_same(f(tg.constant(x), tg.constant(g)), step(tg.constant(x), tg.constant(g)))
+    assert "run" in f.explain_program()
+
+
 def plain_gelu(x):
     return 0.5 * x * (1.0 + tg.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
 

@@ -564,3 +564,40 @@ def test_what_is_often_careful_begins_so_for_a_while():
     assert beginnings(near, 5) == 5
     assert beginnings(far, 8 + 100) == 8
     assert beginnings(near, 30) == 2
+
+
+def ones_with_a_nan():
+    x = np.ones((2, 3))
+    x[0, 0] = np.nan
+    return tg.constant(x)
+
+
+@pytest.mark.parametrize("hides", ["zero upstream", "label that is ignored"])
+def test_a_nan_that_no_result_shows(hides):
+    """ReLU's gradient is 0 at NaN, also where no result of the step says that there is one."""
+    mask, labels = tg.constant([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]]), tg.constant([9, 1])
+
+    def step(x, q):
+        with tg.GradientTape() as tape:
+            tape.watch([x, q])
+            h = tg.nn.relu(x)
+            if hides == "zero upstream":
+                loss = shown = tg.sum(mask * (h * q))
+            else:
+                loss = shown = tg.nn.softmax_cross_entropy(h * q, labels, ignore_label=9)
+            loss = loss + tg.sum(3.0 * h)
+        of_x, of_q = tape.gradient(loss, [x, q])
+        return (tg.sum(of_q) if hides == "zero upstream" else shown), of_x
+
+    x, q = tg.ones((2, 3), dtype="f8"), tg.constant(np.full((2, 3), 2.0))
+    f = tg.function(step)
+    for given in (x, x, x, ones_with_a_nan(), x):
+        want = step(given, q)
+        assert_same(f(given, q), want, 1e-14)
+    assert not np.isnan(want[0])
+
+
+def test_zeros_of_both_signs_are_no_single_number():
+    zeros = tg.constant([0.0, -0.0, 0.0])
+    with np.errstate(divide="ignore"):
+        text_of(lambda x: (x / zeros, tg.where(x > 0.0, -zeros, x * 0.0) + zeros), X)
