@@ -237,7 +237,7 @@ def _plain_rows(
     """Return the losses of some rows and their gradient, in `out` if that is given."""
     top = np.maximum.reduce(logits, 1, keepdims=True)
     p = logits - top if out is None else np.subtract(logits, top, out)
-    chosen = labels + _row_starts(*logits.shape)
+    chosen = np.add(labels, _row_starts(*logits.shape), dtype=np.int64)  # of uint64 too
     picked = p.take(chosen)
     np.exp(p, p)
     total = np.add.reduce(p, 1, keepdims=True)
