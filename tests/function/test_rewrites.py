@@ -356,6 +356,12 @@ def test_memory_has_one_name():
     assert len(set(shown)) == len(shown)
 
 
+def test_captured_numbers_are_not_taken_for_each_other():
+    """As NumPy's scalars they have no memory of their own that could tell which is which."""
+    numbers = [tg.constant(float(k)) for k in range(20)]
+    text_of(lambda x: [x * k for k in numbers] + [x[0] - k for k in numbers], X)
+
+
 def classifier(widths, batch, parts=1):
     """Return a step that trains nets of these widths, together one with as many losses."""
     rng = np.random.default_rng(1)
