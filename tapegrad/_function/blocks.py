@@ -417,22 +417,26 @@ class SoftmaxCrossEntropy:
     def _quickly(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
     ) -> bool:
-        """Let p be the exponentials of x; tell whether none is too large or small to go on."""
+        """Let p be the exponentials of x, and total what makes them its gradient.
+
+        Tells whether no number on the way is too large or small to go on.
+        """
         if self._ones is None:
             return False
         np.exp(x, p)
         p.dot(self._ones, total)
         p.reshape(-1).take(place, None, picked, "clip")
-        if not (_ordinary(total) and _ordinary(picked)):
-            return False
         np.divide(total, picked, loss)
+        np.divide(self._share, total, total)
+        if not (_ordinary(picked) and _ordinary(loss) and _ordinary(total)):
+            return False
         np.log(loss, loss)
         return True
 
     def _carefully(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
     ) -> None:
-        """Let p be the exponentials of x relative to each row's largest."""
+        """Do the same relative to each row's largest; total is the sum where all is exact."""
         column = total[:, None]
         np.maximum.reduce(x, 1, None, column, keepdims=True)
         np.subtract(x, column, p)
@@ -444,15 +448,16 @@ class SoftmaxCrossEntropy:
             p.dot(self._ones, total)
         np.log(total, loss)
         np.subtract(loss, picked, loss)
+        if self._ones is not None:
+            np.divide(self._share, total, total)
 
     def _derive(self, p: Array, total: Array, picked: Array, place: Array) -> None:
-        """Let p be the gradient, of exponentials and their sums."""
+        """Let p be the gradient."""
         column, flat, share = total[:, None], p.reshape(-1), self._share
         if self._ones is None:
             np.divide(p, column, p)
             share = self._one
         else:
-            np.divide(share, total, total)
             np.multiply(p, column, p)
         flat.take(place, None, picked, "clip")
         np.subtract(picked, share, picked)
@@ -472,6 +477,6 @@ def exponents(x: Array) -> Array:
 
 
 def _ordinary(x: Array) -> bool:
-    """Tell whether numbers that are not negative are neither NaN nor near what a type can hold."""
-    found = exponents(x).tobytes()
-    return not (0 in found or 127 in found or 255 in found)
+    """Tell whether numbers are neither NaN nor near what a type can hold, whatever their signs."""
+    found = (exponents(x) & 127).tobytes()
+    return not (0 in found or 127 in found)

@@ -53,7 +53,7 @@ def test_random_programs_rewritten(seed, everything_is_large):
 @pytest.mark.parametrize(
     "special",
     [0.0, np.nan, -np.nan, -np.inf, np.inf, 800.0, -800.0, [-800.0, 0.0, 1.0], [800.0, 0.0, -1.0],
-     [709.5, 709.5, 709.5], [-708.0, -708.0, 0.0]],
+     [709.5, 709.5, 709.5], [-708.0, -708.0, 0.0], [-500.0, 500.0, 0.0]],
 )  # fmt: skip
 def test_cross_entropy_by_rows(reduction, special, everything_is_large):
     rng = np.random.default_rng(4)
@@ -74,6 +74,27 @@ def test_cross_entropy_by_rows(reduction, special, everything_is_large):
         for _ in range(4):
             assert_same(f(labels), want, rtol=1e-14)
     assert "softmax_cross_entropy" in f.explain_program()
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 1e-3])
+@pytest.mark.parametrize("offset", [-80.0, 0.0, 60.0, 80.0, 84.0])
+def test_gradients_of_exponentials_near_the_ends(offset, factor, everything_is_large):
+    """What the exponentials are multiplied by is not rounded to few bits."""
+    rng = np.random.default_rng(4)
+    near, labels = rng.normal(size=(70, 5)).astype("f4"), tg.constant(rng.integers(0, 5, 70))
+
+    def step(x):
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            loss = tg.sum(tg.nn.softmax_cross_entropy(x, labels, reduction="none")) * factor
+        return tape.gradient(loss, x)
+
+    f = tg.function(step)
+    x = tg.constant(near + np.float32(offset))
+    for _ in range(4):
+        got = f(x)
+    assert "softmax_cross_entropy" in f.explain_program()
+    assert_same(got, step(x), 4e-6)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7, 24, 25, 70, 71])  # from 64 on rows are spread
@@ -131,8 +152,10 @@ def test_ordinary_numbers(dtype):
     info = np.finfo(dtype)
     for x in (1.0, 1e-30, 1e30, float(info.tiny) * 2**20, float(info.max) / 2**20):
         assert blocks._ordinary(np.array([1.0, x, 1.0], dtype))
+        assert blocks._ordinary(np.array([1.0, -x, 1.0], dtype))
     for x in (0.0, info.smallest_subnormal, info.tiny, info.max, np.inf, np.nan, -np.nan):
         assert not blocks._ordinary(np.array([1.0, x, 1.0], dtype))
+        assert not blocks._ordinary(np.array([1.0, -x, 1.0], dtype))
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])

@@ -283,6 +283,27 @@ def test_logits_far_from_zero(offset, reduction, scale, batch, spread, dtype):
     assert_same(got[1:], want[1:], (roundings + batch / 16) * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("dtype", "far"), [("f4", 60.0), ("f8", 500.0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_far_apart(reduction, dtype, far):
+    """Each exponential is a number like others; their ratio is more than any."""
+    x, labels = tg.constant(np.array([[far], [0.5]], dtype)), tg.constant([1, 0])
+    w, b = tg.Variable(np.array([[1.0, -1.0]], dtype)), tg.Variable(np.zeros(2, dtype))
+    optimizer = tg.optimizers.SGD(0.0)
+
+    def step(x, labels):
+        with tg.GradientTape() as tape:
+            y = tg.nn.linear(x, w, b)
+            loss = tg.sum(tg.nn.softmax_cross_entropy(y, labels, reduction=reduction))
+        optimizer.apply(tape.gradient(loss, [w, b]), [w, b])
+        return loss
+
+    f = tg.function(step)
+    for _ in range(4):
+        assert_same(f(x, labels), step(x, labels), 4 * np.finfo(dtype).eps)
+    assert "maximum_reduce" not in f.explain_program()
+
+
 @pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
 @pytest.mark.parametrize("logit", [-60.0, -75.0, -80.0, -86.0, -100.0])
 def test_a_label_that_is_hardly_possible(logit, scale):
