@@ -566,6 +566,19 @@ def test_a_zero_keeps_its_sign_whatever_other_elements_are(name, size):
     np.testing.assert_array_equal(mended[1:].view(np.int64), plain[1:].view(np.int64))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 3), (3, 1, 1), (3, 1, 2), (1, 3, 1), (3, 4, 1), (1, 4, 3)]
+)
+def test_products_of_matrices_keep_what_is_not_finite(shape, dtype):
+    n, k, m = shape
+    zero, one = np.zeros((n, k), dtype), np.ones((k, m), dtype)
+    for bad in (NAN, INF):
+        left = zero + np.array(bad, dtype)
+        assert np.isnan((tg.constant(zero) @ (one * np.array(bad, dtype))).numpy()).all()
+        assert np.isnan((tg.constant(left) @ (one * 0)).numpy()).all()
+
+
 def test_a_nan_that_matters_is_not_hidden():
     _, (dx,) = value_and_gradients(lambda x: tg.sqrt(x) * x, -1.0)
     assert math.isnan(dx)

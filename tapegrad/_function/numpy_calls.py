@@ -608,7 +608,8 @@ def _matmul(b: Lowering, step: Step) -> bool:
     pair = b.layout.pairs.get(step)
     if pair is not None and b.is_one_product(pair):
         full = b.extended[pair.activation]
-        b.call("dot", static(full), b.of(pair.upstream), static(b.joined_destination(pair)))
+        product = _product(x1, x2, y)
+        b.call(product, static(full), b.of(pair.upstream), static(b.joined_destination(pair)))
         b.set(y, b.destinations[y])
         return True
     places = b.of(x1), b.of(x2)
@@ -648,7 +649,7 @@ def _is_turned(place: Place) -> bool:
 def _product(x1: Value, x2: Value, y: Value) -> str:
     # As the meaning does: for thin matrices the two round otherwise.
     plain = len(x1.shape) == len(x2.shape) == 2 and y.dtype.char in "fd"
-    return "dot" if plain else "matmul"
+    return "dot" if plain and x1.size != 1 and x2.size != 1 else "matmul"
 
 
 @lowers("linear", "linear_relu")

@@ -628,3 +628,27 @@ def test_zeros_of_both_signs_are_no_single_number():
     zeros = tg.constant([0.0, -0.0, 0.0])
     with np.errstate(divide="ignore"):
         text_of(lambda x: (x / zeros, tg.where(x > 0.0, -zeros, x * 0.0) + zeros), X)
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_one_example_and_one_output_keep_what_is_not_finite(features):
+    """The gradient of a kernel is NaN where 0 meets infinity, also beside that of the bias."""
+    w, b = tg.Variable(-np.ones((features, 1))), tg.Variable(np.zeros(1))
+    optimizer = tg.optimizers.SGD(0.1)
+
+    def step(x):
+        with tg.GradientTape() as tape:
+            loss = tg.sum(3.0 * tg.nn.linear_relu(x, w, b))
+        gradients = tape.gradient(loss, [w, b])
+        optimizer.apply(gradients, [w, b])
+        found = [loss, +w, +b]
+        w.assign(-np.ones((features, 1)))
+        return found
+
+    f = tg.function(step)
+    for value in (1.0, 1.0, 1.0, np.inf, 2.0):
+        x = tg.constant(np.full((1, features), value))
+        with np.errstate(invalid="ignore"):
+            want = step(x)
+            assert_same(f(x), want, 1e-14)
+        assert np.isnan(want[1]).all() == (value == np.inf)
