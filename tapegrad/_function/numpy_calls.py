@@ -104,10 +104,17 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
         place = b.of(x)
         if type(x) is not Value and len(dtypes) == 1:
             (dtype,) = dtypes
-            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int):
+            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int and _fits(x, dtype)):
                 place = Place("static", (), dtype, array=np.asarray(x, dtype))
         found.append(place)
     return found
+
+
+def _fits(x: Any, dtype: np.dtype[Any]) -> bool:
+    """Tell whether a type holds an integer; NumPy compares with others, and `where` wraps them."""
+    if type(x) is not int or dtype.kind not in "iu":
+        return True
+    return bool(np.iinfo(dtype).min <= x <= np.iinfo(dtype).max)
 
 
 def _holds_one_number(array: Array) -> bool:
@@ -236,6 +243,8 @@ def _where(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     condition, x1, x2 = step.inputs
     if not y.shape or type(condition) is not Value or condition.dtype.kind != "b":
+        return False
+    if not (_fits(x1, y.dtype) and _fits(x2, y.dtype)):
         return False
     places = [b.of(x) if type(x) is Value else _number(x, y.dtype) for x in (x1, x2)]
     b.call("chosen", b.of(condition), *places, b.out(step))
