@@ -53,6 +53,9 @@ def _relu_grad_forward(xp: Module, g: Array, y: Array) -> Array:
         gx = g * (np.sign(y) if y.size < 1 << 13 else y > 0)
         if not ew.holds_nan(gx):
             return gx
+        positive = y > 0
+        gx = g * positive  # a zero keeps the sign that it has where no NaN was met
+        return np.where(np.isnan(gx) & ~positive, gx.dtype.type(0), gx)
     return xp.where(y > 0, g, xp.result_type(g, y).type(0))
 
 
@@ -234,7 +237,7 @@ def _plain_rows(
     """Return the losses of some rows and their gradient, in `out` if that is given."""
     top = np.maximum.reduce(logits, 1, keepdims=True)
     p = logits - top if out is None else np.subtract(logits, top, out)
-    chosen = labels + _row_starts(*logits.shape)
+    chosen = np.add(labels, _row_starts(*logits.shape), dtype=np.int64)  # of uint64 too
     picked = p.take(chosen)
     np.exp(p, p)
     total = np.add.reduce(p, 1, keepdims=True)

@@ -247,11 +247,16 @@ def _joins(line: Line, before: Sequence[Line], shape: tuple[int, ...]) -> bool:
         return True
     if line.sums_rows:
         matrix = line.operands[1]
-        return matrix.shape == shape and _by_rows(matrix)
-    if _shape(line) != shape:
-        return False
-    sums = {call.operands[-1].root for call in before if call.sums_rows}  # known at the end only
-    return not any(place.root in sums for place in line.operands)
+        fits = matrix.shape == shape and _by_rows(matrix)
+    else:
+        fits = _shape(line) == shape
+    calls = [call for call in before if not _makes_array(call)]
+    written = {call.operands[-1].root for call in calls}
+    sums = {call.operands[-1].root for call in calls if call.sums_rows}  # known at the end only
+    return fits and not any(
+        place.root in sums or (place.root in written and not _is_whole(place))
+        for place in line.operands
+    )
 
 
 def _makes_array(line: Line) -> bool:
@@ -278,8 +283,16 @@ def _shape(line: Line) -> tuple[int, ...] | None:
 
 
 def _by_rows(place: Place) -> bool:
+    """Tell whether rows of a place can be taken, unless a run writes what it is a view of.
+
+    That a gradient in an optimiser's buffer can be: a block of its transpose needs all of it.
+    """
+    return place.kind == "static" or _is_whole(place)
+
+
+def _is_whole(place: Place) -> bool:
     """Tell whether rows of a place are rows of what it shows: no view but that of its bits."""
-    return place.kind == "static" or place.root is place or place.bits is not None
+    return place.root is place or place.bits is not None
 
 
 def _run(
@@ -404,22 +417,26 @@ class SoftmaxCrossEntropy:
     def _quickly(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
     ) -> bool:
-        """Let p be the exponentials of x; tell whether none is too large or small to go on."""
+        """Let p be the exponentials of x, and total what makes them its gradient.
+
+        Tells whether no number on the way is too large or small to go on.
+        """
         if self._ones is None:
             return False
         np.exp(x, p)
         p.dot(self._ones, total)
         p.reshape(-1).take(place, None, picked, "clip")
-        if not (_ordinary(total) and _ordinary(picked)):
-            return False
         np.divide(total, picked, loss)
+        np.divide(self._share, total, total)
+        if not (_ordinary(picked) and _ordinary(loss) and _ordinary(total)):
+            return False
         np.log(loss, loss)
         return True
 
     def _carefully(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
     ) -> None:
-        """Let p be the exponentials of x relative to each row's largest."""
+        """Do the same relative to each row's largest; total is the sum where all is exact."""
         column = total[:, None]
         np.maximum.reduce(x, 1, None, column, keepdims=True)
         np.subtract(x, column, p)
@@ -431,15 +448,16 @@ class SoftmaxCrossEntropy:
             p.dot(self._ones, total)
         np.log(total, loss)
         np.subtract(loss, picked, loss)
+        if self._ones is not None:
+            np.divide(self._share, total, total)
 
     def _derive(self, p: Array, total: Array, picked: Array, place: Array) -> None:
-        """Let p be the gradient, of exponentials and their sums."""
+        """Let p be the gradient."""
         column, flat, share = total[:, None], p.reshape(-1), self._share
         if self._ones is None:
             np.divide(p, column, p)
             share = self._one
         else:
-            np.divide(share, total, total)
             np.multiply(p, column, p)
         flat.take(place, None, picked, "clip")
         np.subtract(picked, share, picked)
@@ -459,6 +477,6 @@ def exponents(x: Array) -> Array:
 
 
 def _ordinary(x: Array) -> bool:
-    """Tell whether numbers that are not negative are neither NaN nor near what a type can hold."""
-    found = exponents(x).tobytes()
-    return not (0 in found or 127 in found or 255 in found)
+    """Tell whether numbers are neither NaN nor near what a type can hold, whatever their signs."""
+    found = (exponents(x) & 127).tobytes()
+    return not (0 in found or 127 in found)

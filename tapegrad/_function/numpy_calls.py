@@ -94,7 +94,7 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
     for x in step.inputs:
         if type(x) is Value and x.kind == "constant" and x.size > 1 and len(shapes) == 2:
             array = np.asarray(x.source._array)
-            if array.size and (array == array.flat[0]).all():
+            if _holds_one_number(array):
                 other = shapes[0] if step.inputs[1] is x else shapes[1]
                 if np.broadcast_shapes(*shapes) == other:  # one number does as well
                     found.append(
@@ -104,10 +104,23 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
         place = b.of(x)
         if type(x) is not Value and len(dtypes) == 1:
             (dtype,) = dtypes
-            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int):
+            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int and _fits(x, dtype)):
                 place = Place("static", (), dtype, array=np.asarray(x, dtype))
         found.append(place)
     return found
+
+
+def _fits(x: Any, dtype: np.dtype[Any]) -> bool:
+    """Tell whether a type holds an integer; NumPy compares with others, and `where` wraps them."""
+    if type(x) is not int or dtype.kind not in "iu":
+        return True
+    return bool(np.iinfo(dtype).min <= x <= np.iinfo(dtype).max)
+
+
+def _holds_one_number(array: Array) -> bool:
+    """Tell whether an array holds the same bits throughout: 0.0 and -0.0 are two numbers."""
+    bits = np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
+    return bool((bits == bits[0]).all())
 
 
 def _scalar(b: Lowering, step: Step, text: str, *operands: Any) -> bool:
@@ -233,6 +246,8 @@ def _where(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     condition, x1, x2 = step.inputs
     if not y.shape or type(condition) is not Value or condition.dtype.kind != "b":
+        return False
+    if not (_fits(x1, y.dtype) and _fits(x2, y.dtype)):
         return False
     places = [b.of(x) if type(x) is Value else _number(x, y.dtype) for x in (x1, x2)]
     b.call("chosen", b.of(condition), *places, b.out(step))
@@ -605,7 +620,8 @@ def _matmul(b: Lowering, step: Step) -> bool:
     pair = b.layout.pairs.get(step)
     if pair is not None and b.is_one_product(pair):
         full = b.extended[pair.activation]
-        b.call("dot", static(full), b.of(pair.upstream), static(b.joined_destination(pair)))
+        product = _product(x1, x2, y)
+        b.call(product, static(full), b.of(pair.upstream), static(b.joined_destination(pair)))
         b.set(y, b.destinations[y])
         return True
     places = b.of(x1), b.of(x2)
@@ -645,7 +661,7 @@ def _is_turned(place: Place) -> bool:
 def _product(x1: Value, x2: Value, y: Value) -> str:
     # As the meaning does: for thin matrices the two round otherwise.
     plain = len(x1.shape) == len(x2.shape) == 2 and y.dtype.char in "fd"
-    return "dot" if plain else "matmul"
+    return "dot" if plain and x1.size != 1 and x2.size != 1 else "matmul"
 
 
 @lowers("linear", "linear_relu")

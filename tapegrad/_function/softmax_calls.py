@@ -152,9 +152,9 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     """Let everything run along contiguous rows: one row for each class.
 
     Exponentials are taken of the logits as they are, no reduction before them, and the loss is the
-    logarithm of their sum over the label's own: exact near 0 too. Where one of the two is near the
-    ends of what its type can hold (logits beyond some 80 in float32), a NaN sends the call the
-    careful way.
+    logarithm of their sum over the label's own: exact near 0 too. Where that or the label's own is
+    near the ends of what its type can hold (logits beyond some 80 in float32, or as far apart), a
+    NaN sends the call the careful way.
     """
     logits, labels = step.inputs
     loss = step.outputs[0]
@@ -173,10 +173,10 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     dtype = logits.dtype
     t = b.of(labels)
     out = b.turned(b.out(step, position=1) if scaled is None else b.out(scaled))
-    hot, ratio = b.arena((classes, n), dtype), b.arena((n,), dtype)
+    hot = b.arena((classes, n), dtype)
     both, sums = b.arena((2 * classes, n), dtype), b.arena((classes + 2, n), dtype)
     e, of_label = b.rows(both, 0, classes), b.rows(both, classes, 2 * classes)
-    each, one = b.rows(sums, 0, classes), b.view(sums, (n,), lambda a: a[classes - 1])
+    each, ratio = b.rows(sums, 0, classes), b.view(sums, (n,), lambda a: a[classes - 1])
     scaled_label = b.view(sums, (n,), lambda a: a[-1])
     # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
     b.line("if not {}.tobytes().isascii(): wrong_labels({}, {})", t, t, classes)
@@ -195,10 +195,11 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     b.call("dot", static(summing), both, sums)
     b.call("divide", e, each, out)
     b.call("subtract", out, hot, out)
+    # Where the sum is too large or small, so is its ratio to the label's own, or the latter.
+    b.call("divide", ratio, scaled_label, ratio)
     seen = b.local((3 * n,), np.uint8)
     b.line("{} = {}.tobytes()", seen, b.view(sums, (3, n), lambda a: exponents(a[-3:])))
-    b.line("if 0 in {} or 127 in {}: {}[0] = nan", seen, seen, one)
-    b.call("divide", one, scaled_label, ratio)
+    b.line("if 0 in {} or 127 in {}: {}[0] = nan", seen, seen, ratio)
     if total_step is None:
         b.call("log", ratio, b.out(step))
         return True
