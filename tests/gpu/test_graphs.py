@@ -200,7 +200,7 @@ def test_threads() -> None:
 
 def test_in_debug_mode_a_compiled_step_checks_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is written: its operations are launched one by one."""
-    net = Net(products=True)
+    net = Net()
     run(net, True, 6)
     monkeypatch.setattr(tg.config, "debug", True)
     before = [x.tobytes() for x in net.state()[:4]]
