@@ -715,7 +715,9 @@ class FakeCupy(types.ModuleType):
     def matmul(self, x, w, out=None):
         if max(x.ndim, w.ndim) > 2 and x.dtype.name == "bfloat16":  # CuPy's issue 10317
             raise TypeError(f"Unsupported dtype {x.dtype}")
-        answer = device.call("matmul", np.matmul, (x, w), {"out": out}, None if out is None else [out])
+        answer = device.call(
+            "matmul", np.matmul, (x, w), {"out": out}, None if out is None else [out]
+        )
         return answer if out is None else out
 
     def copyto(self, target, value):
