@@ -89,6 +89,11 @@ def static(array: Array) -> Place:
     return Place("static", array.shape, array.dtype, array=array)
 
 
+def static_number(value: float, dtype: Any) -> Place:
+    """Return the place of a number of a type."""
+    return static(np.asarray(value, dtype))
+
+
 class Fresh:
     """Makes arrays that a caller gets; a large one is used again once nobody holds it any more.
 
@@ -134,7 +139,8 @@ class Line:
 
 
 Lower = Callable[["Lowering", Step], bool]
-# How a primitive's step becomes lines: returns False to decline, and then its meaning is called.
+# How a primitive's step becomes lines: what its meaning does, bit for bit, with `out=` where that
+# makes new arrays. Returns False to decline, and then the meaning is called.
 lowerings: dict[str, Lower] = {}
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from tapegrad import _storage
 from tapegrad._backend import Array
 from tapegrad._function import (
-    numpy_calls,  # noqa: F401  fills the table of lowerings
+    elementwise_calls,  # noqa: F401  fills the table of lowerings
+    matrix_calls,  # noqa: F401  likewise
+    shape_calls,  # noqa: F401  likewise
     simplify,
     softmax_calls,  # noqa: F401  likewise
     update_calls,  # noqa: F401  likewise
