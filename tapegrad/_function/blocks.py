@@ -6,14 +6,13 @@ next call needs is still in cache, and what only the run itself needs never leav
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._blocks import BLOCK, LARGE, for_rows, lanes, loss_rows
+from tapegrad._blocks import BLOCK, LARGE, for_rows, lanes
 from tapegrad._function.lowering import Fresh, Line, Lowering, Place
 from tapegrad._function.own_calls import OWN_CALLS
 
@@ -335,130 +334,3 @@ def _run(
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
     line.make = make
     return line
-
-
-class SoftmaxCrossEntropy:
-    """Losses of rows and their gradients in one pass over memory.
-
-    factor  by which the gradient is multiplied afterwards, or None.
-    exact   whether every operation is the meaning's own. Else sums are products with ones, dividing
-            by them is one product with the factor, and exponentials are those of the logits, not
-            of their distances to the largest: five passes over a block fewer.
-    """
-
-    __name__ = "softmax_cross_entropy"
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        dtype: Any,
-        meaning: Callable[..., Any],
-        factor: Any,
-        exact: bool,
-    ) -> None:
-        self._shape = shape
-        self._meaning = meaning
-        self._factor = factor
-        self._one = np.array(1, dtype)
-        self._share = self._one if factor is None else np.array(factor, dtype)
-        self._ones = None if exact else np.ones(shape[1], dtype)
-        rows, classes = shape
-        self._block = loss_rows(classes)
-        block = min(self._block, rows)
-        self._starts = np.arange(block) * classes
-        self._scratch = [
-            (
-                np.empty((2, block), dtype),
-                np.empty(block, np.int64),
-                np.empty((block, classes), dtype),
-            )
-            for _ in range(lanes(rows * classes))  # exponentials are worth it beside products too
-        ]
-
-    def __call__(self, logits: Array, labels: Array, losses: Array, gradient: Array | None) -> None:
-        rows = self._shape[0]
-
-        def work(s: slice, lane: int) -> None:
-            n = s.stop - s.start
-            sums, places, spare = self._scratch[lane]
-            x, t, loss = logits[s], labels[s], losses[s]
-            total, picked, place = sums[0, :n], sums[1, :n], places[:n]
-            p = spare[:n] if gradient is None else gradient[s]
-            np.add(t, self._starts[:n], place)
-            quick = self._quickly(x, p, total, picked, place, loss)
-            if not quick:
-                self._carefully(x, p, total, picked, place, loss)
-            if gradient is not None:
-                self._derive(p, total, picked, place)
-            if not quick and np.isnan(loss).any():  # a row of -inf alone, or one with a NaN
-                answer = self._meaning(x, t)
-                if gradient is None and not isinstance(answer, tuple):
-                    loss[...] = answer
-                else:
-                    loss[...] = answer[0]
-                    if gradient is not None:
-                        p[...] = answer[1] if self._factor is None else answer[1] * self._factor
-
-        for_rows(rows, self._block, len(self._scratch), work)
-
-    def _quickly(
-        self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
-    ) -> bool:
-        """Let p be the exponentials of x; tell whether none is too large or small to go on."""
-        if self._ones is None:
-            return False
-        np.exp(x, p)
-        p.dot(self._ones, total)
-        p.reshape(-1).take(place, None, picked, "clip")
-        if not (_ordinary(total) and _ordinary(picked)):
-            return False
-        np.divide(total, picked, loss)
-        np.log(loss, loss)
-        return True
-
-    def _carefully(
-        self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
-    ) -> None:
-        """Let p be the exponentials of x relative to each row's largest."""
-        column = total[:, None]
-        np.maximum.reduce(x, 1, None, column, keepdims=True)
-        np.subtract(x, column, p)
-        p.reshape(-1).take(place, None, picked, "clip")
-        np.exp(p, p)
-        if self._ones is None:
-            np.add.reduce(p, 1, None, column, keepdims=True)
-        else:
-            p.dot(self._ones, total)
-        np.log(total, loss)
-        np.subtract(loss, picked, loss)
-
-    def _derive(self, p: Array, total: Array, picked: Array, place: Array) -> None:
-        """Let p be the gradient, of exponentials and their sums."""
-        column, flat, share = total[:, None], p.reshape(-1), self._share
-        if self._ones is None:
-            np.divide(p, column, p)
-            share = self._one
-        else:
-            np.divide(share, total, total)
-            np.multiply(p, column, p)
-        flat.take(place, None, picked, "clip")
-        np.subtract(picked, share, picked)
-        flat.put(place, picked)
-        if self._ones is None and self._factor is not None:
-            np.multiply(p, self._factor, p)
-
-
-def exponents(x: Array) -> Array:
-    """Return a view of the bytes that hold the numbers' exponents.
-
-    Of numbers that are not negative it is 0 for very small ones, 127 for very large ones and NaN,
-    and 255 for a NaN with a sign; to look for these takes a fifth of what comparisons take.
-    """
-    top = x.itemsize - 1 if sys.byteorder == "little" else 0
-    return x.view(np.uint8)[..., top :: x.itemsize]
-
-
-def _ordinary(x: Array) -> bool:
-    """Tell whether numbers that are not negative are neither NaN nor near what a type can hold."""
-    found = exponents(x).tobytes()
-    return not (0 in found or 127 in found or 255 in found)
