@@ -466,7 +466,7 @@ class Lowering:
         braces = ["{}"] * len(operands)
         if function in ("maximum", "minimum"):  # they take out by its name alone
             braces[-1] = "out={}"
-        ufunc = None if function in ("matmul", "check_labels") else function
+        ufunc = None if function == "matmul" else function
         self.lines.append(Line(f"{function}({', '.join(braces)})", operands, ufunc))
 
     def bound(

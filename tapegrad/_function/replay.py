@@ -31,32 +31,10 @@ from tapegrad._function.program import Program, Value
 from tapegrad._function.rewrites import writes_last
 from tapegrad._storage import Buffer, lies_in_buffer
 from tapegrad._structure import is_container, unflatten
-from tapegrad.ops.elementwise import holds_nan
 from tapegrad.tensor import Tensor, next_id
 from tapegrad.variable import Variable
 
 _new = object.__new__
-
-
-# ---- what the text calls beside NumPy's own functions
-
-
-def _one_less(p: Array, index: Array, spare: Array) -> None:
-    flat = p.reshape(-1)
-    flat.take(index, None, spare, "clip")
-    spare -= 1
-    flat.put(index, spare)
-
-
-def _wrong_labels(labels: Array, classes: int) -> None:
-    wrong = labels[(labels < 0) | (labels >= classes)][0]
-    raise ValueError(f"[label_cross_entropy] labels must be from 0 to {classes - 1}, got {wrong}")
-
-
-def _check_labels(labels: Array, classes: int) -> None:
-    # As unsigned numbers the negative ones are larger than any other.
-    if np.maximum.reduce(labels.view(np.uint64)) >= classes:
-        _wrong_labels(labels, classes)
 
 
 def _tensor(array: Array) -> Tensor:
@@ -66,21 +44,15 @@ def _tensor(array: Array) -> Tensor:
     return out
 
 
+# What every program's text may name.
 _NAMES: dict[str, Any] = {
     **{name: value for name, value in vars(np).items() if isinstance(value, np.ufunc)},
     **{f"{name}_reduce": getattr(np, name).reduce for name in ("add", "maximum", "minimum")},
-    "matmul": np.matmul,
-    "copyto": np.copyto,
     "np": np,
-    "empty": np.empty,
     "nan": np.nan,
     "broadcast_to": np.broadcast_to,
     "uint32": np.uint32,
     "uint64": np.uint64,
-    "wrong_labels": _wrong_labels,
-    "holds_nan": holds_nan,
-    "one_less": _one_less,
-    "check_labels": _check_labels,
     **OWN_CALLS,
 }
 

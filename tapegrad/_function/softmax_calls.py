@@ -14,6 +14,7 @@ from tapegrad._blocks import for_rows, lanes, loss_rows
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
+from tapegrad.ops.elementwise import holds_nan
 
 
 def _one_of_each_row(b: Lowering, x: Value, axis: int) -> Place:
@@ -86,7 +87,7 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
     flat_shifted = b.view(shifted, (n * classes,), _flat)
     flat_top = b.view(top, (n,), _flat)
-    b.call("check_labels", t, classes)
+    b.bound(check_labels, t, classes)
     b.line("maximum_reduce({}, 1, None, {}, True)", x, top)
     b.call("subtract", x, top, shifted)
     b.call("exp", shifted, p)
@@ -97,10 +98,31 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     b.call("subtract", loss, picked, loss)
     if with_grad:
         b.call("divide", p, top, p)
-        b.line("one_less({}, {}, {})", p, index, picked)
+        b.bound(one_less, p, index, picked)
     # A row of -inf alone, or one with a NaN: the meaning says what they give.
     _by_meaning_if_nan(b, step, top, loss, p if with_grad else None)
     return True
+
+
+def one_less(p: Array, index: Array, spare: Array) -> None:
+    """Let p be one less at these places; spare is scratch."""
+    flat = p.reshape(-1)
+    flat.take(index, None, spare, "clip")
+    spare -= 1
+    flat.put(index, spare)
+
+
+def wrong_labels(labels: Array, classes: int) -> None:
+    """Raise `ValueError` for the first label that is no class."""
+    wrong = labels[(labels < 0) | (labels >= classes)][0]
+    raise ValueError(f"[label_cross_entropy] labels must be from 0 to {classes - 1}, got {wrong}")
+
+
+def check_labels(labels: Array, classes: int) -> None:
+    """Raise `ValueError` where a label is no class."""
+    # As unsigned numbers the negative ones are larger than any other.
+    if np.maximum.reduce(labels.view(np.uint64)) >= classes:
+        wrong_labels(labels, classes)
 
 
 def _by_meaning_if_nan(b: Lowering, step: Step, seen: Place, loss: Place, p: Place | None) -> None:
@@ -108,11 +130,11 @@ def _by_meaning_if_nan(b: Lowering, step: Step, seen: Place, loss: Place, p: Pla
     x, t = map(b.of, step.inputs)
     meaning = b.meaning(step)
     if len(step.outputs) == 1:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})", seen, loss, meaning, x, t)
+        b.line("if {}({}): {}[...] = {}({}, {})", holds_nan, seen, loss, meaning, x, t)
     elif p is not None:
-        b.line("if holds_nan({}): {}[...], {}[...] = {}({}, {})", seen, loss, p, meaning, x, t)
+        b.line("if {}({}): {}[...], {}[...] = {}({}, {})", holds_nan, seen, loss, p, meaning, x, t)
     else:
-        b.line("if holds_nan({}): {}[...] = {}({}, {})[0]", seen, loss, meaning, x, t)
+        b.line("if {}({}): {}[...] = {}({}, {})[0]", holds_nan, seen, loss, meaning, x, t)
 
 
 # Elements from which a pass over memory costs more than the calls of its blocks.
@@ -133,7 +155,7 @@ def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_gra
         p = b.out(step, position=1)
     exact = not b.layout.active
     work = _CrossEntropyByRows((n, classes), logits.dtype, b.meaning(step), factor, exact)
-    b.call("check_labels", t, classes)
+    b.bound(check_labels, t, classes)
     b.bound(work, x, t, loss, p)
     return True
 
@@ -182,7 +204,7 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     each, one = b.rows(sums, 0, classes), b.view(sums, (n,), lambda a: a[classes - 1])
     scaled_label = b.view(sums, (n,), lambda a: a[-1])
     # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
-    b.line("if not {}.tobytes().isascii(): wrong_labels({}, {})", t, t, classes)
+    b.line("if not {}.tobytes().isascii(): {}({}, {})", t, wrong_labels, t, classes)
     one_hot = np.eye(classes, classes + 1, dtype=dtype) * dtype.type(factor)
     one_hot[:, classes] = math.nan  # of a label that is too large: the careful way tells
     b.line("{}({}, 1, {}, 'clip')", one_hot.take, t, hot)
