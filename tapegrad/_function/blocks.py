@@ -61,7 +61,7 @@ class _Spare:
 class Run:
     """Elementwise calls on arrays of the same rows, made for one block of rows after the other.
 
-    calls    names of functions with their operands, of which the last is written.
+    calls    texts of calls, with braces for their operands, of which the last is written.
     sums     matrices whose rows are summed on the way, where the sums go, and their types.
     scratch  shapes of rows, and types, of what only the calls themselves need.
     lanes    over how many threads.
@@ -98,9 +98,8 @@ class Run:
             shape if len(shape) > 1 and self._rows >= _MANY * self._block else None,
             spare,
         )
-        for name, operands in calls:
-            out = "out={}" if name in ("maximum", "minimum") else "{}"
-            written.call(f"{name}({'{}, ' * (len(operands) - 1)}{out})", operands)
+        for text, operands in calls:
+            written.call(text, operands)
         for i, ((x, _, _), partial) in enumerate(zip(sums, self._partial, strict=True)):
             written.sum(x, len(scratch) + i, partial)
         self._work = written.compile(locals_)
@@ -200,40 +199,35 @@ class _Blocks:
 
 def in_blocks(lowered: Lowering) -> None:
     """Replace runs of elementwise calls on large arrays of one shape by `Run`s."""
-    lines = lowered.lines
-    uses: dict[Place, list[int]] = {}
-    for i, line in enumerate(lines):
+    users: dict[Place, set[Line]] = {}
+    for line in (*lowered.early, *lowered.late):
         for operand in line.operands:
             if isinstance(operand, Place):
-                uses.setdefault(operand.root, []).append(i)
-    kept: list[Line] = []
-    writes_from = lowered.writes_from
+                users.setdefault(operand.root, set()).add(line)
     spare = _Spare()
+    for lines in (lowered.early, lowered.late):
+        lines[:] = _with_runs(lines, users, lowered, spare)
+
+
+def _with_runs(
+    lines: Sequence[Line], users: dict[Place, set[Line]], lowered: Lowering, spare: _Spare
+) -> list[Line]:
+    kept: list[Line] = []
     start = 0
     while start < len(lines):
-        if start == lowered.writes_from:
-            writes_from = len(kept)
-        end = start
+        end = start + 1
         shape = _shape(lines[start])
-        while (
-            shape is not None
-            and end < len(lines)
-            and (end == start or end != lowered.writes_from)
-            and _joins(lines[end], lines[start:end], shape)
-        ):
+        while shape and end < len(lines) and _joins(lines[end], lines[start:end], shape):
             end += 1
-        if shape is not None and (end - start > 1 or _lanes(shape, lowered) > 1):
-            part = lines[start:end]
+        part = lines[start:end]
+        if shape and (len(part) > 1 or _lanes(shape, lowered) > 1):
             kept += [line for line in part if _makes_array(line)]
             calls = [line for line in part if not _makes_array(line)]
-            kept.append(_run(calls, range(start, end), shape, uses, lowered, spare))
-            start = end
+            kept.append(_run(calls, shape, users, lowered, spare))
         else:
-            kept.append(lines[start])
-            start += 1
-    if lowered.writes_from >= len(lines):
-        writes_from = len(kept)
-    lowered.lines, lowered.writes_from = kept, writes_from
+            kept += part
+        start = end
+    return kept
 
 
 def _lanes(shape: tuple[int, ...], lowered: Lowering) -> int:
@@ -260,7 +254,7 @@ def _makes_array(line: Line) -> bool:
 
 def _shape(line: Line) -> tuple[int, ...] | None:
     """Return the shape of an elementwise call's result, if blocks of its rows may be computed."""
-    if line.ufunc is None:
+    if not line.elementwise:
         return None
     *inputs, out = line.operands
     shape: tuple[int, ...] = out.shape
@@ -283,9 +277,8 @@ def _by_rows(place: Place) -> bool:
 
 def _run(
     lines: Sequence[Line],
-    positions: range,
     shape: tuple[int, ...],
-    uses: dict[Place, list[int]],
+    users: dict[Place, set[Line]],
     lowered: Lowering,
     spare: _Spare,
 ) -> Line:
@@ -293,13 +286,13 @@ def _run(
     number: dict[Place, int] = {}
     locals_: list[Place] = []
     arrays: list[Place] = []
-    calls: list[tuple[str | None, list[tuple[Place, bool]]]] = []
+    calls: list[tuple[Line, list[tuple[Place, bool]]]] = []
     for line in lines:
         operands = []
         for place in line.operands:
             root = place.root
             rows = len(place.shape) == len(shape) and place.shape[0] == shape[0] > 1
-            inside = all(i in positions for i in uses[root])
+            inside = users[root].issubset(lines)
             if root.kind == "arena" and inside and root.shape == shape and root not in lowered.kept:
                 if root not in number:
                     number[root] = len(scratch)
@@ -310,13 +303,13 @@ def _run(
             else:
                 arrays.append(place)
             operands.append((place, rows))
-        calls.append((line.ufunc, operands[1:] if line.sums_rows else operands))
+        calls.append((line, operands[1:] if line.sums_rows else operands))
 
     def make() -> Run:
         """Build the run once the arena has its memory."""
         bound: list[tuple[str, list[_Operand]]] = []
         sums: list[tuple[_Operand, _Operand, Any]] = []
-        for name, operands in calls:
+        for line, operands in calls:
             given = []
             for place, rows in operands:
                 if place.root in number:
@@ -325,10 +318,10 @@ def _run(
                     given.append(_Operand(None, locals_.index(place), -1, rows))
                 else:
                     given.append(_Operand(place.bind(), -1, -1, rows))
-            if name is None:
+            if line.sums_rows:
                 sums.append((given[0], given[1], operands[0][0].dtype))
             else:
-                bound.append((name, given))
+                bound.append((line.text, given))
         return Run(bound, sums, shape, scratch, len(locals_), _lanes(shape, lowered), spare)
 
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))

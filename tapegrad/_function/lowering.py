@@ -128,12 +128,12 @@ _NOBODY = 2  # references that sys.getrefcount counts: the list's, and its own a
 class Line:
     """One line of the program's text: a format, and the places and objects that it names."""
 
-    __slots__ = ("make", "operands", "sums_rows", "text", "ufunc")
+    __slots__ = ("elementwise", "make", "operands", "sums_rows", "text")
 
-    def __init__(self, text: str, operands: Sequence[Any], ufunc: str | None = None) -> None:
+    def __init__(self, text: str, operands: Sequence[Any], elementwise: bool = False) -> None:
         self.text = text
         self.operands = tuple(operands)
-        self.ufunc = ufunc  # the elementwise function, if it is one: its last operand is written
+        self.elementwise = elementwise  # what it calls; then its last operand is written
         self.sums_rows = False  # whether it is a product of ones and a matrix, in any order
         self.make: Callable[[], Any] | None = None  # makes the first operand, once memory is there
 
@@ -179,7 +179,9 @@ class Lowering:
         for step in program.steps:
             for x in step.values():
                 self.users.setdefault(x, []).append(step)
-        self.lines: list[Line] = []
+        self.early: list[Line] = []  # lines that change nothing but the program's own memory
+        self.late: list[Line] = []  # from the first that changes state on
+        self._lines = self.early
         self.places: dict[Value, Place] = {}
         self.destinations: dict[Value, Place] = {}
         self._uses: Counter[Value] = Counter()
@@ -193,19 +195,16 @@ class Lowering:
         self.copied = self._copies.keys()
         self.kept: set[Place] = set()  # whose values the results need
         self.speculates = False  # whether a NaN in a checked value sends a call the careful way
-        self.writes_from = -1  # the first line that changes state
         self._choose_destinations()
         for position, step in enumerate(program.steps):
             if position == first_write:
-                self.writes_from = len(self.lines)
+                self._lines = self.late
             self._copy_before(step)
             if step not in self.done:
                 self._lower(step)
             for x in step.values():
                 if x in self.places:
                     self.places[x].root.pending -= 1
-        if self.writes_from < 0 and first_write < len(program.steps):
-            self.writes_from = len(self.lines)
 
     def _lower(self, step: Step) -> None:
         lower = lowerings.get(step.name)
@@ -454,20 +453,21 @@ class Lowering:
             return Place("static", place.shape[::-1], place.dtype, array=place.bind().T)
         return self.view(place, place.shape[::-1], np.transpose)
 
-    def line(self, text: str, *operands: Any) -> None:
+    def line(self, text: str, *operands: Any, elementwise: bool = False) -> Line:
         """Add a line; the operands take the place of its braces."""
-        self.lines.append(Line(text, operands))
+        line = Line(text, operands, elementwise)
+        self._lines.append(line)
+        return line
 
-    def call(self, function: str, *operands: Any) -> None:
+    def call(self, function: str, *operands: Any) -> Line:
         """Add a call of one of NumPy's functions, by the name that the replay knows."""
         if function == "dot":  # the method: the function asks for overrides first, 0.12 us
-            self.line("{}.dot({}, {})", *operands)
-            return
+            return self.line("{}.dot({}, {})", *operands)
         braces = ["{}"] * len(operands)
         if function in ("maximum", "minimum"):  # they take out by its name alone
             braces[-1] = "out={}"
-        ufunc = None if function == "matmul" else function
-        self.lines.append(Line(f"{function}({', '.join(braces)})", operands, ufunc))
+        text = f"{function}({', '.join(braces)})"
+        return self.line(text, *operands, elementwise=function != "matmul")
 
     def bound(
         self, function: Callable[..., Any], *operands: Any, result: Place | None = None

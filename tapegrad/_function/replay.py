@@ -149,8 +149,9 @@ class Replay:
         in_blocks(lowered)
         if lowered.speculates:
             _look_for_nan(lowered, _Carefully(self))
-        arena = place_in_arena(lowered.lines, kept)
-        memory = allocate([*lowered.lines, Line("", kept)], arena)
+        lines = [*lowered.early, *lowered.late]
+        arena = place_in_arena(lines, kept)
+        memory = allocate([*lines, Line("", kept)], arena)
         writes = Writes(
             program.written(),
             list({id(v): v for step in program.steps for v in step.writes}.values()),
@@ -293,10 +294,7 @@ def _look_for_nan(lowered: Lowering, careful: Callable[..., Any]) -> None:
     """Send the call the careful way, before anything is written, where a checked value is NaN."""
     names = [place.name for x in lowered.layout.checked if (place := lowered.of(x)).kind == "local"]
     test = " or ".join(f"{name} != {name}" for name in names)
-    at = lowered.writes_from if lowered.writes_from >= 0 else len(lowered.lines)
-    lowered.lines.insert(at, Line(f"if {test}: return {{}}(arrays)", (careful,)))
-    if lowered.writes_from >= 0:
-        lowered.writes_from += 1
+    lowered.early.append(Line(f"if {test}: return {{}}(arrays)", (careful,)))
 
 
 def _given(x: Any) -> Tensor:
@@ -337,9 +335,6 @@ class _Text:
         *,
         structure: Any,
     ) -> str:
-        at = lowered.writes_from
-        before = lowered.lines if at < 0 else lowered.lines[:at]
-        after = [] if at < 0 else lowered.lines[at:]
         leaves = [
             self._line(Line(text, (place,) if "{}" in text else ())) for text, place in results
         ]
@@ -352,13 +347,13 @@ class _Text:
         # One argument: spreading a list over several takes 0.08 us more than unpacking it.
         names = "".join(f"x{i}, " for i in range(self._inputs))
         unpack = [f"    {names[: -1 if self._inputs == 1 else -2]} = arrays"] if names else []
-        lines = self._lines(before, "    ")
-        if at >= 0:
+        lines = self._lines(lowered.early, "    ")
+        if lowered.late:
             begin, end, failed = (
                 self._name(f, "w") for f in (writes.begin, writes.end, writes.failed)
             )
             lines += [f"    {begin}()", "    try:"]
-            lines += self._lines(after, "        ") or ["        pass"]
+            lines += self._lines(lowered.late, "        ")
             lines += ["    except BaseException as error:", f"        {failed}(error)"]
             lines += ["        raise", "    finally:", f"        {end}()"]
         lines.append(f"    {answer}")

@@ -234,8 +234,7 @@ def sum_rows(b: Lowering, step: Step, x: Place, position: int) -> bool:
     y = step.outputs[position]
     out = b.out(step, position=position)
     if y.shape == x.shape[1:]:
-        b.call("dot", ones, x, out)
-        b.lines[-1].sums_rows = b.layout.active
+        b.call("dot", ones, x, out).sums_rows = b.layout.active
     else:
         b.line("{}.dot({}, {}.reshape({}))", ones, x, out, x.shape[1:])
     return True
