@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad import _backend
 from tapegrad._backend import Array, Module
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import Rewrite
@@ -85,10 +84,8 @@ def _shrink_constants(program: Program) -> None:
         if type(x) is not Value or x.kind != "constant" or x.size < 2:
             return x
         if x not in known:
-            array = x.source._array
-            values, first = _backend.to_numpy(array), array.reshape(-1)[:1].reshape(()).copy()
-            same = values.tobytes() == values.reshape(-1)[:1].tobytes() * x.size
-            known[x] = Value("constant", (), x.dtype, wrap(first)) if same else x
+            number = x.number()
+            known[x] = x if number is None else Value("constant", (), x.dtype, wrap(number.copy()))
         return known[x]
 
     for step in program.steps:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._function.lowering import Lowering, Place, lowers, static_number
+from tapegrad._function.lowering import Lowering, Place, lowers, static, static_number
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
 
@@ -74,28 +74,24 @@ _OPERATORS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 def _numbers(b: Lowering, step: Step) -> list[Any]:
     """Return the inputs' places, with Python numbers as arrays of the type that they take on.
 
-    A ufunc spends 0.3 us on a Python number, and nothing on a 0-d array of the right type.
+    So are constants that hold one number everywhere and do not make the result larger. A ufunc
+    spends 0.3 us on a Python number, and nothing on a 0-d array of the right type.
     """
     dtypes = {x.dtype for x in step.values()}
-    found = []
-    shapes = [x.shape for x in step.values()]
-    for x in step.inputs:
-        if type(x) is Value and x.kind == "constant" and x.size > 1 and len(shapes) == 2:
-            array = np.asarray(x.source._array)
-            if array.size and (array == array.flat[0]).all():
-                other = shapes[0] if step.inputs[1] is x else shapes[1]
-                if np.broadcast_shapes(*shapes) == other:  # one number does as well
-                    found.append(
-                        Place("static", (), x.dtype, array=array.reshape(-1)[:1].reshape(()))
-                    )
-                    continue
-        place = b.of(x)
-        if type(x) is not Value and len(dtypes) == 1:
+    shape = step.outputs[0].shape
+
+    def place_of(x: Any) -> Any:
+        if type(x) is Value:
+            others = any(other is not x and other.shape == shape for other in step.values())
+            number = x.number() if others and x.size > 1 else None
+            return b.of(x) if number is None else static(number)
+        if len(dtypes) == 1:
             (dtype,) = dtypes
             if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int):
-                place = Place("static", (), dtype, array=np.asarray(x, dtype))
-        found.append(place)
-    return found
+                return static_number(x, dtype)
+        return x
+
+    return list(map(place_of, step.inputs))
 
 
 def _scalar(b: Lowering, step: Step, text: str, *operands: Any) -> bool:

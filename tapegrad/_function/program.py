@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tapegrad._backend import Array
 from tapegrad._storage import Buffer
 from tapegrad.primitive import Primitive, Update
 from tapegrad.tensor import Tensor
@@ -44,6 +45,18 @@ class Value:
     def nbytes(self) -> int:
         """The bytes of the elements."""
         return self.size * self.dtype.itemsize
+
+    def number(self) -> Array | None:
+        """Return, as an array without axes, the number that a constant holds everywhere, if any.
+
+        Compared are bits: 0.0 equals -0.0, and what is divided by them differs.
+        """
+        if self.kind != "constant" or not self.size:
+            return None
+        array = self.source._array
+        bits = _on_host(self.source).tobytes()
+        same = bits == bits[: self.dtype.itemsize] * self.size
+        return array.reshape(-1)[:1].reshape(()) if same else None
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.dtype}{list(self.shape)}>"

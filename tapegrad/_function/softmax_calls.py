@@ -148,7 +148,7 @@ def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_gra
     factor, p = None, None
     scaled = _the_scaling_of(b, step.outputs[1]) if with_grad else None
     if scaled is not None:
-        factor = scaled.inputs[0].source._array.reshape(-1)[0]
+        factor = scaled.inputs[0].number()[()]
         p = b.out(scaled)
         b.done.add(scaled)
     elif with_grad:
@@ -166,11 +166,10 @@ def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
     if len(users) != 1 or users[0].name not in ("scale", "multiply") or b.uses(x) != 1:
         return None
     g, d = users[0].inputs
-    if d is not x or type(g) is not Value or g.kind != "constant" or not g.size:
+    number = g.number() if d is x and type(g) is Value and g.dtype == x.dtype else None
+    if number is None or number == 0 or users[0].outputs[0].shape != x.shape:
         return None
-    array = np.asarray(g.source._array)
-    same = users[0].outputs[0].shape == x.shape and g.dtype == x.dtype
-    return users[0] if same and (array == array.flat[0]).all() and array.flat[0] != 0 else None
+    return users[0]
 
 
 def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
@@ -189,7 +188,7 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
         return False
     total_step = _the_sum_of(b, loss)
     scaled = _the_scaling_of(b, step.outputs[1])
-    factor = 1.0 if scaled is None else float(scaled.inputs[0].source._array.reshape(-1)[0])
+    factor = 1.0 if scaled is None else float(scaled.inputs[0].number())
     if scaled is None or math.frexp(factor)[0] != 0.5:  # else 1 / factor is exact
         scaled, factor = None, 1.0
     else:
