@@ -34,13 +34,12 @@ _MOST_RECORDINGS = 5
 class _Entry:
     """What is known of one signature: the last recording, then a program, or why there is none."""
 
-    __slots__ = ("asked", "calls", "held", "match", "problem", "program", "recorded", "replay")
+    __slots__ = ("asked", "calls", "held", "match", "problem", "recorded", "replay")
 
     def __init__(self, held: Any) -> None:
         self.held = held  # keeps objects alive that the signature names by id
         self.calls = 0
         self.recorded: Program | None = None
-        self.program: Program | None = None
         self.replay: Replay | None = None
         self.match: Matcher | None = None
         self.asked = False  # whether it was tried to make the match
@@ -234,7 +233,6 @@ class Function:
         if found is None:
             kind = Replay if program.on_host else DeviceReplay
             entry.replay = kind(program, self._name, self._lock, leased=self._leased)
-            entry.program = program
             entry.recorded = None
             return
         program.forget_makers()

@@ -190,7 +190,6 @@ class Lowering:
         self._uses.update(program.output_values())
         self._outputs = set(program.output_values())
         self._locals = 0
-        self._loaded: dict[Value, Place] = {}
         self._copies = self._reads_to_copy()
         self.copied = self._copies.keys()
         self.kept: set[Place] = set()  # whose values the results need
@@ -242,13 +241,11 @@ class Lowering:
                 self.of(x)
 
     def _place_of_read(self, x: Value) -> Place:
-        variable = x.source
+        memory = static(x.source._array)
         if not x.shape:
             place = self.local(x.shape, x.dtype)
-            memory = Place("static", x.shape, x.dtype, array=variable._array)
             self.line("{} = {}[()]", place, memory)  # a NumPy scalar: a value of its own
             return place
-        memory = Place("static", x.shape, x.dtype, array=variable._array)
         if x not in self._copies and x not in self._outputs:
             return memory
         place = self.arena(x.shape, x.dtype)
@@ -260,7 +257,7 @@ class Lowering:
     def _choose_destinations(self) -> None:
         for x, part in gathered(self.program).items():
             if x not in self._outputs:
-                self.destinations[x] = Place("static", x.shape, x.dtype, array=part)
+                self.destinations[x] = static(part)
 
     # ---- what lowerings build with
 
@@ -271,7 +268,7 @@ class Lowering:
         place = self.places.get(x)
         if place is None:
             if x.kind == "constant":
-                place = Place("static", x.shape, x.dtype, array=x.source._array)
+                place = static(x.source._array)
             elif x.kind == "input":
                 place = self.local(x.shape, x.dtype, f"x{x.source}")
                 if x in self.layout.with_ones:
@@ -298,7 +295,7 @@ class Lowering:
     def memory_of(self, x: Value) -> Any:
         """Return where a 0-d value lies, if it is a Variable's own memory, else its place."""
         if x.kind == "read" and x not in self._copies and x not in self.places:
-            return Place("static", x.shape, x.dtype, array=x.source._array)
+            return static(x.source._array)
         return self.of(x)
 
     def is_output(self, x: Value) -> bool:
@@ -374,10 +371,10 @@ class Lowering:
             stack = self._stacks.get(y)
             full = aligned((columns + 1, rows), y.dtype, 1) if stack is None else stack.part(y)
             self.extended[y] = full
-            return Place("static", y.shape, y.dtype, array=full[:-1].T)
+            return static(full[:-1].T)
         full = aligned((rows, columns + 1), y.dtype, 1)
         self.extended[y] = full.T
-        return Place("static", y.shape, y.dtype, array=full[:, :-1])
+        return static(full[:, :-1])
 
     def like(self, y: Value, turned: bool, dtype: Any = None) -> Place:
         """Return scratch for a value's elements, stored as it is."""
@@ -450,7 +447,7 @@ class Lowering:
             self.line("{} = {}.T", transpose, place)
             return transpose
         if place.kind == "static":
-            return Place("static", place.shape[::-1], place.dtype, array=place.bind().T)
+            return static(place.bind().T)
         return self.view(place, place.shape[::-1], np.transpose)
 
     def line(self, text: str, *operands: Any, elementwise: bool = False) -> Line:
@@ -484,7 +481,7 @@ class Lowering:
         places = [self.of(x) for x in step.inputs]
         primitive = step.primitive
         if isinstance(primitive, Update):
-            targets = [Place("static", v.shape, v.dtype, array=v._array) for v in step.writes]
+            targets = [static(v._array) for v in step.writes]
             self.bound(_meaning(step), *targets, *places)
             return
         held = tuple(p.root for p in places if isinstance(p, Place))

@@ -41,11 +41,6 @@ class Value:
         """The number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the elements."""
-        return self.size * self.dtype.itemsize
-
     def number(self) -> Array | None:
         """Return, as an array without axes, the number that a constant holds everywhere, if any.
 

@@ -230,7 +230,7 @@ def sum_rows(b: Lowering, step: Step, x: Place, position: int) -> bool:
         out = b.out(step, position=position)
         b.line("add_reduce({}, 0, {}, {}.reshape({}))", x, x.dtype, out, x.shape[1:])
         return True
-    ones = Place("static", x.shape[:1], x.dtype, array=np.ones(x.shape[0], x.dtype))
+    ones = static(np.ones(x.shape[0], x.dtype))
     y = step.outputs[position]
     out = b.out(step, position=position)
     if y.shape == x.shape[1:]:

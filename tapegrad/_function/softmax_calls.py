@@ -82,7 +82,7 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     shifted = b.arena((n, classes), dtype)
     index = b.arena((n,), np.int64)
     picked = b.arena((n,), dtype)
-    starts = Place("static", (n,), np.int64, array=np.arange(n) * classes)
+    starts = static(np.arange(n) * classes)
     loss = b.out(step)
     p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
     flat_shifted = b.view(shifted, (n * classes,), _flat)

@@ -24,7 +24,7 @@ def _assign(b: Lowering, step: Step) -> bool:
     if step.params.get("index", ...) is not ...:
         return False
     (variable,) = step.writes
-    target = Place("static", variable.shape, variable.dtype, array=variable._array)
+    target = static(variable._array)
     value = b.of(step.inputs[0])
     if step.name == "assign":
         b.line("{}[...] = {}", target, value)
@@ -52,7 +52,7 @@ def _gather(b: Lowering, step: Step) -> bool:
         there = b.destinations.get(x)
         if there is not None and place is there and there.array.ctypes.data == part.ctypes.data:
             continue  # it was computed there
-        b.line("{}[...] = {}", Place("static", x.shape, x.dtype, array=part), place)
+        b.line("{}[...] = {}", static(part), place)
     return True
 
 
@@ -64,7 +64,7 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     if len(settings) > update.settings:  # the gradient has a factor
         return False
     dtype = step.writes[0].dtype
-    places = [*(Place("static", v.shape, dtype, array=v._array) for v in step.writes), b.of(g)]
+    places = [*(static(v._array) for v in step.writes), b.of(g)]
     if places[-1].kind != "static":
         return False
     arrays = [place.bind() for place in places]
