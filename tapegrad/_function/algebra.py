@@ -7,11 +7,10 @@ table says otherwise: x * 1 is x, but x + 0 is not where x is -0.0.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, replaced
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.linear import add, broadcast_to, permute, reshape
 from tapegrad.ops.elementwise import _negative, _subtract
@@ -28,8 +27,7 @@ class _Pass:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._outputs = set(program.output_values())
-        self._uses = Counter(x for step in program.steps for x in step.values())
-        self._uses.update(program.output_values())
+        self._uses = program.uses()
         self._made_by: dict[Value, Step] = {}
         self._steps: list[Step] = []
         self._step: Step  # whose place new ones take
@@ -38,7 +36,7 @@ class _Pass:
         """Apply the rules, which are named by the primitive of the step that they look at."""
         instead: dict[Value, Value] = {}
         for step in self._program.steps:
-            step.inputs = tuple(instead.get(x, x) if type(x) is Value else x for x in step.inputs)
+            step.inputs = tuple(replaced(step.inputs, instead))
             self._step = step
             rule = rules.get(step.name)
             answer = None if rule is None else rule(self, step)
@@ -48,9 +46,7 @@ class _Pass:
             else:
                 instead[step.outputs[0]] = answer
         self._program.steps = self._steps
-        self._program.outputs = [
-            instead.get(x, x) if type(x) is Value else x for x in self._program.outputs
-        ]
+        self._program.outputs = list(replaced(self._program.outputs, instead))
 
     def _append(self, step: Step) -> None:
         self._steps.append(step)
@@ -77,8 +73,7 @@ class _Pass:
     def call(self, primitive: Any, like: Value, *inputs: Any, **params: Any) -> Value:
         """Add a step whose result has the shape and type of a value; return the result."""
         y = Value("result", like.shape, like.dtype)
-        step = self._step
-        self._append(Step(primitive, inputs, (y,), params, step.where, order=step.order))
+        self._append(self._step.instead(primitive, inputs, (y,), params))
         return y
 
 

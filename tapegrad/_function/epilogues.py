@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, makers_of, users_of
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.fused import linear_relu, linear_relu_grad, relu_grad
 from tapegrad.kernels import epilogues as kernels
@@ -32,11 +32,8 @@ class _Uses:
 
     def __init__(self, program: Program) -> None:
         self._outputs = set(program.output_values())
-        self._maker = {y: step for step in program.steps for y in step.outputs}
-        self._users: dict[Value, list[Step]] = {}
-        for step in program.steps:
-            for x in step.values():
-                self._users.setdefault(x, []).append(step)
+        self._maker = makers_of(program.steps)
+        self._users = users_of(program.steps)
 
     def maker(self, x: Value, name: str) -> Step | None:
         """Return the step that makes a value, if it is of such a primitive."""
@@ -50,11 +47,6 @@ class _Uses:
     def only_by(self, step: Step, x: Value) -> bool:
         """Tell whether one step alone needs a value."""
         return x not in self._outputs and self.of(x) == [step]
-
-
-def _like(step: Step, primitive: MultiPrimitive, inputs: Any, outputs: Any, **params: Any) -> Step:
-    """Return a step in the place of another."""
-    return Step(primitive, inputs, outputs, params, step.where, order=step.order)
 
 
 def _replace(program: Program, instead: dict[Step, Step | None]) -> None:
@@ -147,14 +139,11 @@ def _mask_relus(program: Program) -> None:
         if len(y.shape) != 2 or sum(user.name == step.name for user in uses.of(y)) > 1:
             continue
         mask = Value("result", gemm_plan.mask_shape(*y.shape), np.dtype(np.uint8))
-        above = product.inputs[0].shape[1]
-        layer_outputs = y, mask
-        instead[layer] = _like(
-            layer, linear_relu_with_mask, layer.inputs, layer_outputs, above=above
-        )
+        params = {"above": product.inputs[0].shape[1]}
+        instead[layer] = layer.instead(linear_relu_with_mask, layer.inputs, (y, mask), params)
         instead[product] = None
         inputs = (*product.inputs, y, mask)
-        instead[step] = _like(step, matmul_linear_relu_grad, inputs, step.outputs)
+        instead[step] = step.instead(matmul_linear_relu_grad, inputs, step.outputs)
     _replace(program, instead)
 
 
@@ -206,7 +195,7 @@ def _sum_beside_products(program: Program) -> None:
                 continue
             instead[first] = None
             outputs = (*product.outputs, *step.outputs)
-            instead[last] = _like(last, matmul_with_sums, product.inputs, outputs)
+            instead[last] = last.instead(matmul_with_sums, product.inputs, outputs)
             break
     _replace(program, instead)
 

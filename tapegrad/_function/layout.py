@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tapegrad._backend import Array, byte_bounds
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, makers_of
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.variable import Variable
 
@@ -154,7 +154,7 @@ class Layout:
         self.stacks = [x for x in found.values() if len(x) > 1 and sum(y.size for y in x) <= SMALL]
 
     def _pair(self, program: Program) -> None:
-        made_by = {y: step for step in program.steps for y in step.outputs}
+        made_by = makers_of(program.steps)
         gathers = [step for step in program.steps if step.name == "gather_gradients"]
         times = Counter(x for gather in gathers for x in gather.inputs)
         for gather in gathers:

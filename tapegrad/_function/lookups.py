@@ -116,8 +116,7 @@ class Lookups:
         taken = Value("result", y.shape, y.dtype)
         step.outputs = (taken,)
         params = {"behind": _axes_behind(len(uses.shape), uses.template)}
-        mark = Step(_mark, (taken, *wrong), (y,), params, step.where, order=step.order)
-        return [*before, step, mark]
+        return [*before, step, step.instead(_mark, (taken, *wrong), (y,), params)]
 
     def _without_masks(self, step: Step, uses: _Uses) -> _Uses:
         """Let a step take the places of boolean constants: else each call looks for them."""
@@ -143,8 +142,7 @@ class Lookups:
         look = functools.partial(self._in_range, len(self._checks), length, text)
         self._checks.append(_Check(f"[{step.name}] {text}", step.where))
         results = [Value("result", x.shape, x.dtype), Value("result", x.shape, np.dtype(bool))]
-        primitive = MultiPrimitive(step.name, look)
-        return Step(primitive, (x,), results, {}, step.where, order=step.order)
+        return step.instead(MultiPrimitive(step.name, look), (x,), results)
 
     def _in_range(
         self, number: int, length: int, text: str, xp: Module, index: Array

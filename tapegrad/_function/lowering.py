@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from tapegrad._backend import Array
 from tapegrad._flat_update import FlatUpdate
 from tapegrad._function.gradients import gathered
 from tapegrad._function.layout import Layout, Pair
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, users_of
 from tapegrad._function.rewrites import ends
 from tapegrad._host_memory import aligned
 from tapegrad.primitive import MultiPrimitive, Update
@@ -175,19 +174,13 @@ class Lowering:
         self._stacks = {y: s for s in map(_Stack, layout.stacks) for y in s.members}
         self.done: set[Step] = set()  # what came with an earlier step
         self.multiplies = any(step.name in _PRODUCTS for step in program.steps)
-        self.users: dict[Value, list[Step]] = {}
-        for step in program.steps:
-            for x in step.values():
-                self.users.setdefault(x, []).append(step)
+        self.users = users_of(program.steps)
         self.early: list[Line] = []  # lines that change nothing but the program's own memory
         self.late: list[Line] = []  # from the first that changes state on
         self._lines = self.early
         self.places: dict[Value, Place] = {}
         self.destinations: dict[Value, Place] = {}
-        self._uses: Counter[Value] = Counter()
-        for step in program.steps:
-            self._uses.update(step.values())
-        self._uses.update(program.output_values())
+        self._uses = program.uses()
         self._outputs = set(program.output_values())
         self._locals = 0
         self._copies = self._reads_to_copy()

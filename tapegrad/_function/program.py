@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -95,8 +96,38 @@ class Step:
         """Yield the inputs that are Values."""
         return (x for x in self.inputs if type(x) is Value)
 
+    def instead(
+        self,
+        primitive: Primitive | Update,
+        inputs: Sequence[Any],
+        outputs: Sequence[Value] = (),
+        params: dict[str, Any] | None = None,
+        writes: Sequence[Variable] = (),
+    ) -> Step:
+        """Return another call for the place of this one."""
+        return Step(primitive, inputs, outputs, params or {}, self.where, writes, self.order)
+
     def __repr__(self) -> str:
         return f"<Step {self.name} at {self.where}>"
+
+
+def makers_of(steps: Sequence[Step]) -> dict[Value, Step]:
+    """Return which step makes a value."""
+    return {y: step for step in steps for y in step.outputs}
+
+
+def users_of(steps: Sequence[Step]) -> dict[Value, list[Step]]:
+    """Return which steps take a value, one that takes it twice two times."""
+    found: dict[Value, list[Step]] = {}
+    for step in steps:
+        for x in step.values():
+            found.setdefault(x, []).append(step)
+    return found
+
+
+def replaced(operands: Iterable[Any], instead: Mapping[Value, Value]) -> Iterator[Any]:
+    """Yield what a step takes, or a program gives, with other Values in the places of some."""
+    return (instead.get(x, x) if type(x) is Value else x for x in operands)
 
 
 class Program:
@@ -131,6 +162,12 @@ class Program:
     def output_values(self) -> Iterator[Value]:
         """Yield the outputs that are Values."""
         return (x for x in self.outputs if type(x) is Value)
+
+    def uses(self) -> Counter[Value]:
+        """Return how often a value is used, by steps and as an output."""
+        found = Counter(x for step in self.steps for x in step.values())
+        found.update(self.output_values())
+        return found
 
     def written(self) -> list[Buffer]:
         """Return the memory that the updates write, each Buffer once."""
