@@ -19,6 +19,7 @@ from tapegrad._function.matching import Matcher, matcher
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
+from tapegrad._function.simplify import simplify
 from tapegrad._recording import state
 from tapegrad._structure import flatten, is_container, unflatten
 from tapegrad.errors import FunctionError, TapeWarning
@@ -231,6 +232,7 @@ class Function:
             return
         found = difference(earlier, program)
         if found is None:
+            simplify(program)
             kind = Replay if program.on_host else DeviceReplay
             entry.replay = kind(program, self._name, self._lock, leased=self._leased)
             entry.recorded = None

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._storage import Buffer
 from tapegrad.primitive import Primitive, Update
 from tapegrad.tensor import Tensor
 from tapegrad.variable import Variable
@@ -168,14 +167,6 @@ class Program:
         found = Counter(x for step in self.steps for x in step.values())
         found.update(self.output_values())
         return found
-
-    def written(self) -> list[Buffer]:
-        """Return the memory that the updates write, each Buffer once."""
-        found: dict[int, Buffer] = {}
-        for step in self.steps:
-            for variable in step.writes:
-                found[id(variable._buffer)] = variable._buffer
-        return list(found.values())
 
 
 class Difference:

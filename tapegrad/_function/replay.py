@@ -29,7 +29,7 @@ from tapegrad._function.memory import allocate, place_in_arena
 from tapegrad._function.own_calls import OWN_CALLS
 from tapegrad._function.program import Program, Value
 from tapegrad._function.rewrites import writes_last
-from tapegrad._storage import Buffer, lies_in_buffer
+from tapegrad._storage import lies_in_buffer
 from tapegrad._structure import is_container, unflatten
 from tapegrad.tensor import Tensor, next_id
 from tapegrad.variable import Variable
@@ -60,9 +60,10 @@ _NAMES: dict[str, Any] = {
 class Writes:
     """What surrounds the lines that change state: all of them run, or the Variables say so."""
 
-    def __init__(self, buffers: Sequence[Buffer], variables: Sequence[Variable], name: str) -> None:
-        self._buffers = list(buffers)
-        self._variables = list(variables)
+    def __init__(self, program: Program, name: str) -> None:
+        variables = {id(v): v for step in program.steps for v in step.writes}
+        self._variables = list(variables.values())
+        self._buffers = list({id(v._buffer): v._buffer for v in self._variables}.values())
         self._name = name
         self._interrupts: list[tuple[Any, ...]] = []
         self._hold = _noting_in(self._interrupts)
@@ -121,7 +122,6 @@ class Replay:
         self._leased = leased
         self._leases: list[Lease] = []
         self._lock = lock
-        simplify.simplify(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
         self._writes = self._first_write < len(program.steps)
@@ -131,14 +131,19 @@ class Replay:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Lower the program to where its Variables lie now."""
+        """Make the program ready for where its Variables lie now."""
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
+        for _, array in memory_of:
+            _ = array.shape  # raises where a failed call has lost the Variable's values
+        self._plan()
+        self._placements, self._memory_of = placements, memory_of
+
+    def _plan(self) -> None:
         self._careful: Callable[..., Any] | None = None
         self._met = 0  # how often the quick way was given up
         layout = Layout(self._program if "layout" in simplify.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
-        self._placements, self._memory_of = placements, memory_of
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:
         program = self._program
@@ -152,15 +157,10 @@ class Replay:
         lines = [*lowered.early, *lowered.late]
         arena = place_in_arena(lines, kept)
         memory = allocate([*lines, Line("", kept)], arena)
-        writes = Writes(
-            program.written(),
-            list({id(v): v for step in program.steps for v in step.writes}.values()),
-            self._name,
-        )
         text = _Text(len(program.inputs))
-        source = text.function(
-            lowered, results, writes, structure=() if self._finish else program.structure
-        )
+        structure = () if self._finish else program.structure
+        writes = Writes(program, self._name)
+        source = text.function(lowered, results, writes, structure=structure)
         tensor: Callable[[Array], Tensor] = _tensor
         if self._leased:
             tensor = Lease(memory, self._name)
