@@ -263,7 +263,7 @@ def _larger_share(b: Lowering, step: Step) -> bool:
     if not y.shape or y.dtype.kind != "f":
         return False
     places = _numbers(b, step)
-    larger, equal = (b.like(y, False, np.dtype(np.bool_)) for _ in range(2))
+    larger, equal = (b.like(y, np.dtype(np.bool_)) for _ in range(2))
     out = b.out(step)
     b.call("greater", *places, larger)
     b.call("equal", *places, equal)
@@ -328,7 +328,6 @@ def masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
     if not g.dtype == y.dtype == out.dtype or out.dtype.char not in "fd" or g.shape != y.shape:
         return False
     gradient, output = b.of(g), b.of(y)
-    turned = y in b.layout.feature_major
     if _RELU_HAS_NO_SIGN and y in b.layout.visible:
         # The bits of relu's output are 0 where it is: their sign times g's bits are g's, or those
         # of 0, whatever g is. NaN is seen at the end.
@@ -338,11 +337,11 @@ def masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
         b.call("multiply", b.integers(gradient), mask, b.integers(place))
         return True
     if b.layout.active:
-        mask = b.integers(b.like(y, turned))
+        mask = b.integers(b.like(y))
         place = b.out(step, g)
         b.call("keep_positive", b.integers(output), b.integers(gradient), mask, b.integers(place))
         return True
-    b.call("masked", gradient, output, b.like(y, turned), b.out(step))
+    b.call("masked", gradient, output, b.like(y), b.out(step))
     return True
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._flat_update import FlatUpdate
 from tapegrad._function.gradients import gathered
 from tapegrad._function.layout import Layout, Pair
 from tapegrad._function.program import Program, Step, Value, users_of
@@ -140,7 +139,7 @@ class Line:
 Lower = Callable[["Lowering", Step], bool]
 # How a primitive's step becomes lines: what its meaning does, bit for bit, with `out=` where that
 # makes new arrays. Returns False to decline, and then the meaning is called.
-lowerings: dict[str, Lower] = {}
+lowerings: dict[str | type[object], Lower] = {}
 
 
 # The primitives whose result shows the memory of their input.
@@ -150,12 +149,11 @@ VIEWS = frozenset(("broadcast_to", "getitem", "permute", "reshape", "row", "stop
 _PRODUCTS = frozenset(("matmul", "linear", "linear_relu"))
 
 
-def lowers(*names: str) -> Callable[[Lower], Lower]:
-    """Enter a function in the table of lowerings."""
+def lowers(*primitives: str | type[object]) -> Callable[[Lower], Lower]:
+    """Enter a function in the table of lowerings, for primitives of these names or kinds."""
 
     def enter(function: Lower) -> Lower:
-        for name in names:
-            lowerings[name] = function
+        lowerings.update(dict.fromkeys(primitives, function))
         return function
 
     return enter
@@ -199,9 +197,7 @@ class Lowering:
                     self.places[x].root.pending -= 1
 
     def _lower(self, step: Step) -> None:
-        lower = lowerings.get(step.name)
-        if isinstance(step.primitive, FlatUpdate):
-            lower = lowerings["flat_update"]
+        lower = lowerings.get(step.name) or lowerings.get(type(step.primitive))
         if lower is None or not lower(self, step):
             self.call_meaning(step)
 
@@ -281,19 +277,15 @@ class Lowering:
         """Return how often a value is used, by steps and as an output."""
         return self._uses[x]
 
-    def meaning(self, step: Step) -> Callable[..., Any]:
-        """Return a step's meaning, its settings given, to be called with arrays."""
-        return _meaning(step)
-
     def memory_of(self, x: Value) -> Any:
         """Return where a 0-d value lies, if it is a Variable's own memory, else its place."""
         if x.kind == "read" and x not in self._copies and x not in self.places:
             return static(x.source._array)
         return self.of(x)
 
-    def is_output(self, x: Value) -> bool:
-        """Tell whether the caller gets this value, and so needs an array of its own."""
-        return x in self._outputs
+    def must_be_written(self, y: Value) -> bool:
+        """Tell whether a caller or an optimiser gets a value: then it is no view of another."""
+        return y in self._outputs or y in self.destinations
 
     def local(self, shape: tuple[int, ...], dtype: Any, name: str | None = None) -> Place:
         """Return a place for what a line will bind."""
@@ -327,35 +319,37 @@ class Lowering:
         reuse  the inputs whose memory the step can write to while it reads them.
         """
         y = step.outputs[position]
-        place = self.destinations.get(y)
-        if place is None and y in self.layout.with_ones:
-            place = self._with_ones(y)
-        if place is None and y in self._outputs and not self.leased:
-            place = self.local(y.shape, y.dtype)
-            self.line("{} = {}()", place, Fresh(y.shape, y.dtype))
-        if place is None:
-            for x in reuse:
-                if type(x) is not Value or x in self._outputs:
-                    continue
-                old = self.places.get(x)
-                if (
-                    old is not None
-                    and old.kind == "arena"
-                    and (old.root is old or old.turned)
-                    and old.turned == (y in self.layout.feature_major)
-                    and (old.shape, old.dtype) == (y.shape, y.dtype)
-                    and old.root.pending == sum(other is x for other in step.values())
-                ):
-                    place = old
-                    break
-        if place is None and y in self.layout.feature_major:
-            base = self.arena(y.shape[::-1], y.dtype)
-            place = self.view(base, y.shape, np.transpose)
-            place.turned = True
-        if place is None:
-            place = self.arena(y.shape, y.dtype)
+        place = self._own_memory(y) or self._given_up(reuse, step, y) or self.like(y)
         self.set(y, place)
         return place
+
+    def _own_memory(self, y: Value) -> Place | None:
+        """Return memory that holds nothing but a value, where it needs such."""
+        if y in self.destinations:
+            return self.destinations[y]
+        if y in self.layout.with_ones:
+            return self._with_ones(y)
+        if y in self._outputs and not self.leased:
+            place = self.local(y.shape, y.dtype)
+            self.line("{} = {}()", place, Fresh(y.shape, y.dtype))
+            return place
+        return None
+
+    def _given_up(self, inputs: Sequence[Any], step: Step, y: Value) -> Place | None:
+        """Return the memory of an input that nobody needs after a step, if a value fits in."""
+        for x in inputs:
+            place = self.places.get(x)
+            if (
+                place is not None
+                and x not in self._outputs
+                and place.kind == "arena"
+                and (place.root is place or place.turned)
+                and place.turned == (y in self.layout.feature_major)
+                and (place.shape, place.dtype) == (y.shape, y.dtype)
+                and place.root.pending == sum(other is x for other in step.values())
+            ):
+                return place
+        return None
 
     def _with_ones(self, y: Value) -> Place:
         """Make memory of its own for a matrix with ones beside it, which stay there."""
@@ -369,10 +363,10 @@ class Lowering:
         self.extended[y] = full.T
         return static(full[:, :-1])
 
-    def like(self, y: Value, turned: bool, dtype: Any = None) -> Place:
-        """Return scratch for a value's elements, stored as it is."""
+    def like(self, y: Value, dtype: Any = None) -> Place:
+        """Return memory for a value's elements, stored as it is."""
         dtype = y.dtype if dtype is None else dtype
-        if not turned:
+        if y not in self.layout.feature_major:
             return self.arena(y.shape, dtype)
         place = self.view(self.arena(y.shape[::-1], dtype), y.shape, np.transpose)
         place.turned = True
@@ -399,7 +393,7 @@ class Lowering:
         """
         stack = self._stacks.get(y)
         if stack is None or not all(x in self.places for x in stack.members):
-            mask = self.integers(self.like(y, y in self.layout.feature_major))
+            mask = self.integers(self.like(y))
             self.call("sign", self.integers(self.of(y)), mask)
             return mask
         if stack.mask is None:
@@ -475,7 +469,7 @@ class Lowering:
         primitive = step.primitive
         if isinstance(primitive, Update):
             targets = [static(v._array) for v in step.writes]
-            self.bound(_meaning(step), *targets, *places)
+            self.bound(meaning_of(step), *targets, *places)
             return
         held = tuple(p.root for p in places if isinstance(p, Place))
         results = []
@@ -483,12 +477,12 @@ class Lowering:
             place = self.local(y.shape, y.dtype)
             place.holds = held
             results.append(place)
-        if len(results) == 1 and not _answers_tuple(step):
-            self.bound(_meaning(step), *places, result=results[0])
+        if not isinstance(primitive, MultiPrimitive):
+            self.bound(meaning_of(step), *places, result=results[0])
         else:
             names = ", ".join(["{}"] * len(results)) + ("," if len(results) == 1 else "")
             braces = ", ".join(["{}"] * len(places))
-            self.line(f"{names} = {{}}({braces})", *results, _meaning(step), *places)
+            self.line(f"{names} = {{}}({braces})", *results, meaning_of(step), *places)
         for y, place in zip(step.outputs, results, strict=True):
             self.set(y, place)
             for root in held:
@@ -518,11 +512,7 @@ class _Stack:
         return self.array[rows.start : rows.stop + 1]
 
 
-def _answers_tuple(step: Step) -> bool:
-    return isinstance(step.primitive, MultiPrimitive)
-
-
-def _meaning(step: Step) -> Callable[..., Any]:
+def meaning_of(step: Step) -> Callable[..., Any]:
     """Return what computes a step's results, its settings given, of arrays."""
 
     def call(*arrays: Any) -> Any:

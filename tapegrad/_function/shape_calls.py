@@ -20,7 +20,7 @@ from tapegrad.tape import Spec
 def _view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
     """Let the output be a view of the input."""
     x, y = step.inputs[0], step.outputs[0]
-    if type(x) is not Value or b.is_output(y) or y in b.destinations:
+    if type(x) is not Value or b.must_be_written(y):
         return _copied_view(b, step, view, text, *operands)
     place = b.of(x)
     if place.kind == "local":
@@ -62,7 +62,7 @@ def _broadcast_to(b: Lowering, step: Step) -> bool:
             return False
         b.line("{}.fill({})", b.out(step), place)
         return True
-    if y in b.destinations or b.is_output(y):
+    if b.must_be_written(y):
         place = b.of(x)
         b.line("{}[...] = {}", b.out(step), place)
         return True
@@ -105,10 +105,10 @@ def _reshape(b: Lowering, step: Step) -> bool:
     if type(x) is not Value or not x.shape or not y.shape:
         return False
     place = b.of(x)
-    if place.kind == "local" and not (b.is_output(y) or y in b.destinations):
+    if place.kind == "local" and not b.must_be_written(y):
         return _view(b, step, None, "{}.reshape({})", y.shape)
     contiguous = place.array is None or place.array.flags.c_contiguous
-    if place.root is place and contiguous and not (b.is_output(y) or y in b.destinations):
+    if place.root is place and contiguous and not b.must_be_written(y):
         b.set(y, b.view(place, y.shape, _reshaper(y.shape)))
         return True
     out = b.out(step)
@@ -173,7 +173,7 @@ def _one_hot(b: Lowering, step: Step) -> bool:
     if not index.shape:
         return False
     x, classes = b.of(index), np.arange(step.params["depth"])
-    chosen = b.like(y, False, np.dtype(np.bool_))
+    chosen = b.like(y, np.dtype(np.bool_))
     out = b.out(step)
     b.line("equal({}[..., None], {}, {})", x, static(classes), chosen)
     b.line("{}[...] = {}", out, chosen)

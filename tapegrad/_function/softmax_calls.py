@@ -11,7 +11,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._blocks import for_rows, lanes, loss_rows
-from tapegrad._function.lowering import Lowering, Place, lowers, static
+from tapegrad._function.lowering import Lowering, Place, lowers, meaning_of, static
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
 from tapegrad.ops.elementwise import holds_nan
@@ -128,7 +128,7 @@ def check_labels(labels: Array, classes: int) -> None:
 def _by_meaning_if_nan(b: Lowering, step: Step, seen: Place, loss: Place, p: Place | None) -> None:
     """Let a cross-entropy's meaning write its loss and its gradient where `seen` holds a NaN."""
     x, t = map(b.of, step.inputs)
-    meaning = b.meaning(step)
+    meaning = meaning_of(step)
     if len(step.outputs) == 1:
         b.line("if {}({}): {}[...] = {}({}, {})", holds_nan, seen, loss, meaning, x, t)
     elif p is not None:
@@ -154,7 +154,7 @@ def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_gra
     elif with_grad:
         p = b.out(step, position=1)
     exact = not b.layout.active
-    work = _CrossEntropyByRows((n, classes), logits.dtype, b.meaning(step), factor, exact)
+    work = _CrossEntropyByRows((n, classes), logits.dtype, meaning_of(step), factor, exact)
     b.bound(check_labels, t, classes)
     b.bound(work, x, t, loss, p)
     return True

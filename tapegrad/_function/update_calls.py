@@ -56,7 +56,7 @@ def _gather(b: Lowering, step: Step) -> bool:
     return True
 
 
-@lowers("flat_update")
+@lowers(FlatUpdate)
 def _flat_update(b: Lowering, step: Step) -> bool:
     update = step.primitive
     assert isinstance(update, FlatUpdate)
