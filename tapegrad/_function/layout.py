@@ -180,15 +180,8 @@ class Layout:
 
     def loss_by_classes(self, step: Step) -> bool:
         """Tell whether a softmax cross-entropy can be computed along rows of one class each."""
-        logits, labels = step.inputs
-        return (
-            not step.params["label_smoothing"]
-            and step.params["ignore_label"] is None
-            and logits.dtype.char in "fd"
-            and labels.dtype == np.int64
-            and logits.shape[1] <= 64
-            and step.outputs[0] in self.visible
-        )
+        few = step.inputs[0].shape[1] <= 64
+        return few and is_of_plain_labels(step) and step.outputs[0] in self.visible
 
     def _see(self, program: Program, first_write: int) -> None:
         before = program.steps[:first_write]
@@ -204,6 +197,17 @@ class Layout:
         for step in reversed(before):
             if step.name in _SPREADS_NAN and step.outputs[0] in self.visible:
                 self.visible.update(step.values())
+
+
+def is_of_plain_labels(step: Step) -> bool:
+    """Tell whether a softmax cross-entropy is of labels alone, as the calls of NumPy for it are."""
+    logits, labels = step.inputs
+    return (
+        not step.params["label_smoothing"]
+        and step.params["ignore_label"] is None
+        and logits.dtype.char in "fd"
+        and labels.dtype == np.int64
+    )
 
 
 def joined(w: Any, b: Any) -> Array | None:

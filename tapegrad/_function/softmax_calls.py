@@ -11,6 +11,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._blocks import for_rows, lanes, loss_rows
+from tapegrad._function.layout import is_of_plain_labels
 from tapegrad._function.lowering import Lowering, Place, lowers, meaning_of, static
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
@@ -23,18 +24,23 @@ def _one_of_each_row(b: Lowering, x: Value, axis: int) -> Place:
     return b.arena((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
 
 
+def _exponentials(b: Lowering, x: Place, axis: int, shifted: Place, p: Place, total: Place) -> None:
+    """Let p be the exponentials of `shifted`, x less the largest, and `total` their sums."""
+    b.line("maximum_reduce({}, {}, None, {}, True)", x, axis, total)
+    b.call("subtract", x, total, shifted)
+    b.call("exp", shifted, p)
+    b.line("add_reduce({}, {}, None, {}, True)", p, axis, total)
+
+
 @lowers("softmax")
 def _softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
     axis = step.params["axis"]
-    top = _one_of_each_row(b, x, axis)
+    total = _one_of_each_row(b, x, axis)
     place = b.of(x)
     out = b.out(step, x)
-    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
-    b.call("subtract", place, top, out)
-    b.call("exp", out, out)
-    b.line("add_reduce({}, {}, None, {}, True)", out, axis, top)
-    b.call("divide", out, top, out)
+    _exponentials(b, place, axis, out, out, total)
+    b.call("divide", out, total, out)
     return True
 
 
@@ -42,16 +48,13 @@ def _softmax(b: Lowering, step: Step) -> bool:
 def _log_softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
     axis = step.params["axis"]
-    top = _one_of_each_row(b, x, axis)
+    total = _one_of_each_row(b, x, axis)
     spare = b.arena(x.shape, x.dtype)
     place = b.of(x)
     out = b.out(step, x)
-    b.line("maximum_reduce({}, {}, None, {}, True)", place, axis, top)
-    b.call("subtract", place, top, out)
-    b.call("exp", out, spare)
-    b.line("add_reduce({}, {}, None, {}, True)", spare, axis, top)
-    b.call("log", top, top)
-    b.call("subtract", out, top, out)
+    _exponentials(b, place, axis, out, spare, total)
+    b.call("log", total, total)
+    b.call("subtract", out, total, out)
     return True
 
 
@@ -63,13 +66,7 @@ def _flat(array: Array) -> Array:
 def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     logits, labels = step.inputs
     n, classes = logits.shape
-    if (
-        step.params["label_smoothing"]
-        or step.params["ignore_label"] is not None
-        or logits.dtype.char not in "fd"
-        or labels.dtype != np.int64
-        or not n
-    ):
+    if not is_of_plain_labels(step) or not n:
         return False
     dtype = logits.dtype
     with_grad = len(step.outputs) == 2 and b.uses(step.outputs[1]) > 0
@@ -78,29 +75,24 @@ def _label_cross_entropy(b: Lowering, step: Step) -> bool:
     x, t = b.of(logits), b.of(labels)
     if logits.size >= _BY_ROWS:
         return _cross_entropy_by_rows(b, step, x, t, with_grad)
-    top = b.arena((n, 1), dtype)
+    total = b.arena((n, 1), dtype)
     shifted = b.arena((n, classes), dtype)
     index = b.arena((n,), np.int64)
     picked = b.arena((n,), dtype)
-    starts = static(np.arange(n) * classes)
     loss = b.out(step)
     p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
-    flat_shifted = b.view(shifted, (n * classes,), _flat)
-    flat_top = b.view(top, (n,), _flat)
     b.bound(check_labels, t, classes)
-    b.line("maximum_reduce({}, 1, None, {}, True)", x, top)
-    b.call("subtract", x, top, shifted)
-    b.call("exp", shifted, p)
-    b.line("add_reduce({}, 1, None, {}, True)", p, top)
-    b.call("add", t, starts, index)
+    _exponentials(b, x, 1, shifted, p, total)
+    b.call("add", t, static(np.arange(n) * classes), index)
+    flat_shifted = b.view(shifted, (n * classes,), _flat)
     b.line("{}.take({}, None, {}, 'clip')", flat_shifted, index, picked)
-    b.call("log", flat_top, loss)
+    b.call("log", b.view(total, (n,), _flat), loss)
     b.call("subtract", loss, picked, loss)
     if with_grad:
-        b.call("divide", p, top, p)
+        b.call("divide", p, total, p)
         b.bound(one_less, p, index, picked)
     # A row of -inf alone, or one with a NaN: the meaning says what they give.
-    _by_meaning_if_nan(b, step, top, loss, p if with_grad else None)
+    _by_meaning_if_nan(b, step, total, loss, p if with_grad else None)
     return True
 
 
@@ -258,10 +250,7 @@ def _probability_cross_entropy(b: Lowering, step: Step) -> bool:
     shifted = b.arena((n, classes), dtype)
     loss = b.out(step)
     p = b.out(step, position=1) if with_grad else b.arena((n, classes), dtype)
-    b.line("maximum_reduce({}, 1, None, {}, True)", x, total)
-    b.call("subtract", x, total, shifted)
-    b.call("exp", shifted, p)
-    b.line("add_reduce({}, 1, None, {}, True)", p, total)
+    _exponentials(b, x, 1, shifted, p, total)
     b.call("log", total, log_total)
     b.call("subtract", log_total, shifted, shifted)
     b.call("multiply", t, shifted, shifted)
