@@ -12,7 +12,7 @@ from typing import Any
 
 from tapegrad._function.program import Program, Step, Value, replaced
 from tapegrad._function.rewrites import Rewrite
-from tapegrad.linear import add, broadcast_to, permute, reshape
+from tapegrad.linear import add, permute
 from tapegrad.ops.elementwise import _negative, _subtract
 from tapegrad.ops.linear_algebra import _matmul as matmul
 from tapegrad.tensor import wrap
@@ -198,17 +198,12 @@ def _permuted(at: _Pass, step: Step) -> Value | None:
     return at.call(permute, step.outputs[0], first, axes=both)
 
 
-def _view_of_view(name: str, primitive: Any) -> Rule:
-    def rule(at: _Pass, step: Step) -> Value | None:
-        x, y = step.inputs[0], step.outputs[0]
-        if _same_as(x, y):
-            return _same_as(x, y)
-        first = at.input_of(x, name)
-        if first is None:
-            return None
-        return _same_as(first, y) or at.call(primitive, y, first, **step.params)
-
-    return rule
+def _view_of_view(at: _Pass, step: Step) -> Value | None:
+    x, y = step.inputs[0], step.outputs[0]
+    first = at.input_of(x, step.name)
+    if _same_as(x, y) or first is None:
+        return _same_as(x, y)
+    return _same_as(first, y) or at.call(step.primitive, y, first, **step.params)
 
 
 def _flattened(at: _Pass, step: Step) -> Value | None:
@@ -268,8 +263,8 @@ REWRITES: dict[str, Rewrite] = {
     "views of views": _rewrite(
         {
             "permute": _permuted,
-            "reshape": _view_of_view("reshape", reshape),
-            "broadcast_to": _view_of_view("broadcast_to", broadcast_to),
+            "reshape": _view_of_view,
+            "broadcast_to": _view_of_view,
             "row": _row,
             "row_numbers": _flattened,
             **dict.fromkeys(

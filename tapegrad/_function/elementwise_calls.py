@@ -119,10 +119,9 @@ def _ufunc(b: Lowering, step: Step) -> bool:
 
 @lowers("square")
 def _square(b: Lowering, step: Step) -> bool:
-    if not step.outputs[0].shape:
-        x = b.of(step.inputs[0])
-        return _scalar(b, step, "{} * {}", x)
     x = b.of(step.inputs[0])
+    if not step.outputs[0].shape:
+        return _scalar(b, step, "{} * {}", x)
     b.call("multiply", x, x, b.out(step, *step.inputs))
     return True
 
@@ -155,12 +154,10 @@ def _power(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     if not y.shape:
         return _scalar(b, step, "{} ** {}")
-    if type(exponent) is Value or not y.shape or y.dtype != x.dtype or x.dtype.kind != "f":
+    if type(exponent) is Value or y.dtype != x.dtype or x.dtype.kind != "f":
         return False
     # What the operator ** does with these exponents.
-    fast = {2: "square", 1: "positive", 0.5: "sqrt"}.get(exponent)
-    if fast is None and exponent == -1:
-        fast = "reciprocal"
+    fast = {2: "square", 1: "positive", 0.5: "sqrt", -1: "reciprocal"}.get(exponent)
     place = b.of(x)
     if fast is not None:
         b.call(fast, place, b.out(step, x))
@@ -303,14 +300,6 @@ def zeros(b: Lowering, y: Value) -> Place:
     return static(np.zeros(y.shape[-1:], y.dtype))
 
 
-@lowers("relu_grad")
-def _relu_grad(b: Lowering, step: Step) -> bool:
-    g, y = step.inputs
-    if not step.outputs[0].shape or type(g) is not Value or type(y) is not Value:
-        return False
-    return masked(b, step, g, y)
-
-
 def _probe() -> bool:
     """Tell whether relu of -0.0 is +0.0 here, which NumPy does not promise."""
     return all(
@@ -323,8 +312,13 @@ def _probe() -> bool:
 _RELU_HAS_NO_SIGN = _probe()
 
 
-def masked(b: Lowering, step: Step, g: Value, y: Value) -> bool:
+@lowers("relu_grad")
+def relu_grad(b: Lowering, step: Step) -> bool:
+    """Let a step's first output be g where y > 0, else 0."""
+    g, y = step.inputs
     out = step.outputs[0]
+    if type(g) is not Value or type(y) is not Value or not out.shape:
+        return False
     if not g.dtype == y.dtype == out.dtype or out.dtype.char not in "fd" or g.shape != y.shape:
         return False
     gradient, output = b.of(g), b.of(y)
@@ -362,14 +356,11 @@ def _row_numbers(b: Lowering, step: Step) -> bool:
 
 @lowers("random_mask")
 def _random_mask(b: Lowering, step: Step) -> bool:
-    bits, y = step.inputs[0], step.outputs[0]
-    if not y.shape or type(bits) is not Value:
+    y, limit = step.outputs[0], step.params["threshold"]
+    if not y.shape or limit >= 2**32:
         return False
     shape, count = y.shape, math.prod(y.shape)
-    place = b.of(bits)
-    limit = step.params["threshold"]
-    if limit >= 2**32:
-        return False
+    place = b.of(step.inputs[0])
     out = b.out(step)
     b.line(
         "less({}.view(uint32)[:{}].reshape({}), {}, {})",

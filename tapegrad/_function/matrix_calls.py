@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tapegrad._function.elementwise_calls import masked, zeros
+from tapegrad._function.elementwise_calls import relu_grad, zeros
 from tapegrad._function.layout import joined
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
@@ -90,8 +90,7 @@ def _linear(b: Lowering, step: Step) -> bool:
 
 @lowers("linear_relu_grad")
 def _linear_relu_grad(b: Lowering, step: Step) -> bool:
-    g, y = step.inputs
-    if type(g) is not Value or type(y) is not Value or not masked(b, step, g, y):
+    if not relu_grad(b, step):
         return False
     bias = step.outputs[1]
     if b.pair_of_bias(bias) is not None:

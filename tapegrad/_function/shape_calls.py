@@ -20,7 +20,7 @@ from tapegrad.tape import Spec
 def _view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
     """Let the output be a view of the input."""
     x, y = step.inputs[0], step.outputs[0]
-    if type(x) is not Value or b.must_be_written(y):
+    if b.must_be_written(y):
         return _copied_view(b, step, view, text, *operands)
     place = b.of(x)
     if place.kind == "local":
@@ -38,7 +38,7 @@ def _view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool
 
 def _copied_view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
     x = step.inputs[0]
-    if type(x) is not Value or not x.shape or not step.outputs[0].shape:
+    if not x.shape or not step.outputs[0].shape:
         return False
     place = b.of(x)
     out = b.out(step)
@@ -56,7 +56,7 @@ def _permute(b: Lowering, step: Step) -> bool:
 def _broadcast_to(b: Lowering, step: Step) -> bool:
     shape = step.params["shape"]
     x, y = step.inputs[0], step.outputs[0]
-    if type(x) is Value and not x.shape:
+    if not x.shape:
         place = b.of(x)
         if place.kind == "static":
             return False
@@ -102,7 +102,7 @@ def _stop_gradient(b: Lowering, step: Step) -> bool:
 @lowers("reshape")
 def _reshape(b: Lowering, step: Step) -> bool:
     x, y = step.inputs[0], step.outputs[0]
-    if type(x) is not Value or not x.shape or not y.shape:
+    if not x.shape or not y.shape:
         return False
     place = b.of(x)
     if place.kind == "local" and not b.must_be_written(y):
@@ -188,10 +188,7 @@ _REDUCTIONS = {"sum": "add", "max": "maximum", "min": "minimum"}
 
 @lowers(*_REDUCTIONS)
 def _reduction(b: Lowering, step: Step) -> bool:
-    y = step.outputs[0]
-    x = step.inputs[0]
-    if type(x) is not Value:
-        return False
+    x, y = step.inputs[0], step.outputs[0]
     axis, keepdims = step.params["axis"], step.params["keepdims"]
     place = b.of(x)
     name = f"{_REDUCTIONS[step.name]}_reduce"
@@ -208,7 +205,7 @@ def _reduction(b: Lowering, step: Step) -> bool:
 @lowers("sum_to")
 def _sum_to(b: Lowering, step: Step) -> bool:
     x, y = step.inputs[0], step.outputs[0]
-    if type(x) is not Value or not y.shape:
+    if not y.shape:
         return False
     lead = len(x.shape) - len(y.shape)
     stretched = tuple(i for i, n in enumerate(x.shape) if i < lead or y.shape[i - lead] != n)
