@@ -14,11 +14,10 @@ import numpy as np
 from tapegrad._backend import Array, Module
 from tapegrad._function.program import Program, Step, Value, makers_of, users_of
 from tapegrad._function.rewrites import Rewrite
-from tapegrad.fused import linear_relu, linear_relu_grad, relu_grad
+from tapegrad.fused import linear_relu, linear_relu_grad, of_matrix_and_sums, relu_grad
 from tapegrad.kernels import epilogues as kernels
 from tapegrad.kernels import gemm_plan
-from tapegrad.linear import broadcast_to, sum_to
-from tapegrad.ops import elementwise as ew
+from tapegrad.linear import sum_to
 from tapegrad.ops.linear_algebra import matmul_nt, matmul_tn
 from tapegrad.ops.linear_algebra import product as matrix_product
 from tapegrad.primitive import MultiPrimitive, multi_primitive
@@ -91,7 +90,7 @@ def _grad_of_product(xp: Module, g: Array, w: Array, y: Array, mask: Array) -> t
 def _grad_of_product_vjp(
     needs: tuple[bool, ...], G: _Two, _out: Any, g: Tensor, w: Tensor, y: Tensor, _mask: Any
 ) -> tuple[Tensor | None, ...]:
-    total = _sum_of_both(G, y.shape)
+    total = of_matrix_and_sums(*G, y.shape)
     if total is None:
         return None, None, None, None
     passed = relu_grad(total, y)
@@ -101,15 +100,6 @@ def _grad_of_product_vjp(
         None,
         None,
     )
-
-
-def _sum_of_both(G: _Two, shape: tuple[int, ...]) -> Tensor | None:
-    """Return the gradient of a matrix by itself and by the sums of its columns."""
-    of_matrix, of_sums = G
-    if of_sums is None:
-        return of_matrix
-    of_sums = broadcast_to(of_sums, shape=shape)
-    return of_sums if of_matrix is None else ew.add(of_matrix, of_sums)
 
 
 # linear_relu_grad of a product, which is the gradient for the layer's output y: of the layer's
@@ -158,7 +148,7 @@ def _with_sums_vjp(
     if of_product is not None:
         of_x = matmul_nt(of_product, w) if needs[0] else None
         of_w = matmul_tn(x, of_product) if needs[1] else None
-    return of_x, _sum_of_both((of_w, of_sums), w.shape)
+    return of_x, of_matrix_and_sums(of_w, of_sums, w.shape)
 
 
 # A kernel's gradient and its bias's: the activations, transposed, and the gradient of their layer.
