@@ -149,7 +149,7 @@ def _linear_relu_grad_vjp(
     needs: tuple[bool, ...], G: tuple[Tensor | None, Tensor | None], _out: Any, _g: Any, y: Tensor
 ) -> tuple[Tensor | None, None]:
     total = of_matrix_and_sums(*G, y.shape) if needs[0] else None
-    return None if total is None else relu_grad(total, y), None
+    return (None if total is None else relu_grad(total, y)), None
 
 
 # From relu's upstream gradient and output: the gradient of the sum before it, and of the bias.

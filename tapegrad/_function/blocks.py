@@ -7,7 +7,7 @@ next call needs is still in cache, and what only the run itself needs never leav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,16 +15,6 @@ from tapegrad._backend import Array
 from tapegrad._blocks import BLOCK, LARGE, for_rows, lanes
 from tapegrad._function.lowering import Fresh, Line, Lowering, Place
 from tapegrad._function.own_calls import OWN_CALLS
-
-
-class _Operand(NamedTuple):
-    """An operand of a call: an array, a local's position, or scratch; whether blocks take rows."""
-
-    array: Array
-    local: int
-    scratch: int
-    rows: bool
-
 
 # Blocks from which rows that all blocks share are written out for a whole one: a call on arrays of
 # one shape takes two thirds of the time of one that spreads a row.
@@ -61,22 +51,22 @@ class _Spare:
 class Run:
     """Elementwise calls on arrays of the same rows, made for one block of rows after the other.
 
-    calls    texts of calls, with braces for their operands, of which the last is written.
-    sums     matrices whose rows are summed on the way, where the sums go, and their types.
-    scratch  shapes of rows, and types, of what only the calls themselves need.
+    lines    the calls, and products with ones, by which rows are summed on the way.
+    shape    of the arrays.
+    scratch  numbers of the arrays that only the calls themselves need: of these, blocks are made.
+    locals_  numbers of those that it is called with.
     lanes    over how many threads.
-    spare    where that lies.
+    spare    where scratch lies.
     """
 
     __name__ = "run"
 
     def __init__(
         self,
-        calls: Sequence[tuple[str, list[_Operand]]],
-        sums: Sequence[tuple[_Operand, _Operand, Any]],
+        lines: Sequence[Line],
         shape: tuple[int, ...],
-        scratch: Sequence[tuple[tuple[int, ...], Any]],
-        locals_: int,
+        scratch: dict[Place, int],
+        locals_: dict[Place, int],
         lanes: int,
         spare: _Spare,
     ) -> None:
@@ -84,25 +74,23 @@ class Run:
         self._rows = shape[0]
         self._lanes = lanes
         self._block = min(self._rows, max(1, BLOCK * shape[0] // int(np.prod(shape))))
-        self._sums = [out for _, out, _ in sums]
+        sums = [line.operands for line in lines if line.sums_rows]
+        # Where each sum goes: the number of a local, or an array.
+        self._sums = [locals_[out] if out in locals_ else out.bind() for _, _, out in sums]
         # For each lane, the sum of one block, and of all of them.
-        self._partial = [np.zeros((lanes, 2, *shape[1:]), dtype) for _, _, dtype in sums]
+        self._partial = [np.zeros((lanes, 2, *shape[1:]), ones.dtype) for ones, _, _ in sums]
         own = [
-            [spare.take((self._block, *tail), dtype) for tail, dtype in scratch]
-            + [np.ones(self._block, dtype) for _, _, dtype in sums]
+            [spare.take((self._block, *shape[1:]), place.dtype) for place in scratch]
+            + [np.ones(self._block, ones.dtype) for ones, _, _ in sums]
             for _ in range(lanes)
         ]
-        written = _Blocks(
-            self._block,
-            own,
-            shape if len(shape) > 1 and self._rows >= _MANY * self._block else None,
-            spare,
-        )
-        for text, operands in calls:
-            written.call(text, operands)
-        for i, ((x, _, _), partial) in enumerate(zip(sums, self._partial, strict=True)):
+        written = _Blocks(self._block, own, shape, scratch, locals_, spare)
+        for line in lines:
+            if not line.sums_rows:
+                written.call(line)
+        for i, ((_, x, _), partial) in enumerate(zip(sums, self._partial, strict=True)):
             written.sum(x, len(scratch) + i, partial)
-        self._work = written.compile(locals_)
+        self._work = written.compile()
         self._spread = written.spread
 
     def __call__(self, *arrays: Array) -> None:
@@ -114,7 +102,7 @@ class Run:
         work = self._work(*arrays)
         for_rows(self._rows, self._block, self._lanes, work, fixed=bool(self._sums))
         for out, partial in zip(self._sums, self._partial, strict=True):
-            partial[:, 1].sum(0, out=arrays[out.local] if out.local >= 0 else out.array)
+            partial[:, 1].sum(0, out=arrays[out] if isinstance(out, int) else out)
 
 
 class _Blocks:
@@ -123,27 +111,34 @@ class _Blocks:
     Blocks of 1 << 16 numbers take 5 us a call; looking up which operand is what took 1 of them.
 
     own     scratch of each lane, for whole blocks.
-    shape   of the arrays, if there are so many blocks that rows are better spread.
-    spare   where they are spread to.
-    spread  rows, and the blocks that they are copied to before each run.
+    spare   where rows are spread to, if there are so many blocks that it pays.
+    spread  these rows, and the blocks that they are copied to before each run.
     """
 
     def __init__(
-        self, block: int, own: list[list[Array]], shape: tuple[int, ...] | None, spare: _Spare
+        self,
+        block: int,
+        own: list[list[Array]],
+        shape: tuple[int, ...],
+        scratch: dict[Place, int],
+        locals_: dict[Place, int],
+        spare: _Spare,
     ) -> None:
         self._block, self._own, self._shape, self._spare = block, own, shape, spare
+        self._scratch, self._locals = scratch, locals_
+        self._spreads = len(shape) > 1 and shape[0] >= _MANY * block
         self._lines: list[str] = []
         self._names: dict[Any, str] = {}
         self._space: dict[str, Any] = {"own": own, "block": block, **OWN_CALLS}
         self._taken: list[str] = []
         self.spread: list[tuple[Array, Array]] = []
 
-    def call(self, text: str, operands: Sequence[_Operand]) -> None:
-        name = text.partition("(")[0]
+    def call(self, line: Line) -> None:
+        name = line.text.partition("(")[0]
         self._space.setdefault(name, getattr(np, name, None))
-        self._lines.append(text.format(*map(self._name, operands)))
+        self._lines.append(line.text.format(*map(self._name, line.operands)))
 
-    def sum(self, x: _Operand, ones: int, partial: Array) -> None:
+    def sum(self, x: Place, ones: int, partial: Array) -> None:
         name = self._bind(partial)
         self._space["add"] = np.add
         self._lines.append(f"one, total = {name}[lane]")
@@ -155,25 +150,28 @@ class _Blocks:
         self._space[name] = x
         return name
 
-    def _name(self, operand: _Operand) -> str:
-        array, local, spare, rows = operand
-        key = local, spare, rows, id(array) if spare < 0 else array
-        known = self._names.get(key)
-        if known is not None:
-            return known
-        if spare >= 0:
-            name = f"k{spare}" if array is None else f"k{spare}.view({self._bind(array)})"
-        else:
-            whole = f"x{local}" if local >= 0 else self._bind(array)
-            if rows:
-                name = f"b{len(self._taken)}"
-                self._taken.append(f"{name} = {whole}[s]")
-            elif array is not None and self._shape is not None and array.shape == self._shape[1:]:
-                name = self._spread(array)
-            else:
-                name = whole
-        self._names[key] = name
-        return name
+    def _name(self, place: Place) -> str:
+        inside = place.root in self._scratch
+        array = None if inside or place in self._locals else place.bind()
+        key = place if array is None else id(array)  # places may show the same array
+        if key not in self._names:
+            self._names[key] = self._scratch_name(place) if inside else self._block_of(place, array)
+        return self._names[key]
+
+    def _scratch_name(self, place: Place) -> str:
+        name = f"k{self._scratch[place.root]}"
+        return name if place.bits is None else f"{name}.view({self._bind(place.bits)})"
+
+    def _block_of(self, place: Place, array: Array) -> str:
+        whole = f"x{self._locals[place]}" if array is None else self._bind(array)
+        shape = place.shape
+        if len(shape) == len(self._shape) and shape[0] == self._shape[0] > 1:
+            name = f"b{len(self._taken)}"
+            self._taken.append(f"{name} = {whole}[s]")
+            return name
+        if array is not None and self._spreads and shape == self._shape[1:]:
+            return self._spread(array)
+        return whole
 
     def _spread(self, row: Array) -> str:
         """Return the name of a whole block of copies of a row, one that all lanes read."""
@@ -183,7 +181,7 @@ class _Blocks:
         self._taken.append(f"{name} = {self._bind(whole)}[:n]")
         return name
 
-    def compile(self, locals_: int) -> Callable[..., Callable[[slice, int], None]]:
+    def compile(self) -> Callable[..., Callable[[slice, int], None]]:
         """Return a function that takes the locals, and returns one of a block and a lane."""
         scratch = [f"k{i}" for i in range(len(self._own[0]))]
         lines = ["n = s.stop - s.start"]
@@ -191,7 +189,8 @@ class _Blocks:
             lines.append(f"{', '.join(scratch)}, = own[lane]")
             cut = "; ".join(f"{name} = {name}[:n]" for name in scratch)
             lines.append(f"if n != block: {cut}")
-        text = f"def bind({', '.join(f'x{i}' for i in range(locals_))}):\n  def work(s, lane):\n"
+        names = ", ".join(f"x{i}" for i in self._locals.values())
+        text = f"def bind({names}):\n  def work(s, lane):\n"
         text += "".join(f"    {line}\n" for line in [*lines, *self._taken, *self._lines])
         exec(compile(text + "  return work\n", "<blocks>", "exec"), self._space)  # our own text
         return self._space.pop("bind")  # type: ignore[no-any-return]
@@ -282,48 +281,20 @@ def _run(
     lowered: Lowering,
     spare: _Spare,
 ) -> Line:
-    scratch: list[tuple[tuple[int, ...], Any]] = []
-    number: dict[Place, int] = {}
-    locals_: list[Place] = []
+    scratch: dict[Place, int] = {}
+    locals_: dict[Place, int] = {}
     arrays: list[Place] = []
-    calls: list[tuple[Line, list[tuple[Place, bool]]]] = []
     for line in lines:
-        operands = []
         for place in line.operands:
             root = place.root
-            rows = len(place.shape) == len(shape) and place.shape[0] == shape[0] > 1
             inside = users[root].issubset(lines)
             if root.kind == "arena" and inside and root.shape == shape and root not in lowered.kept:
-                if root not in number:
-                    number[root] = len(scratch)
-                    scratch.append((shape[1:], root.dtype))
+                scratch.setdefault(root, len(scratch))
             elif place.kind == "local":
-                if place not in locals_:
-                    locals_.append(place)
+                locals_.setdefault(place, len(locals_))
             else:
                 arrays.append(place)
-            operands.append((place, rows))
-        calls.append((line, operands[1:] if line.sums_rows else operands))
-
-    def make() -> Run:
-        """Build the run once the arena has its memory."""
-        bound: list[tuple[str, list[_Operand]]] = []
-        sums: list[tuple[_Operand, _Operand, Any]] = []
-        for line, operands in calls:
-            given = []
-            for place, rows in operands:
-                if place.root in number:
-                    given.append(_Operand(place.bits, -1, number[place.root], rows))
-                elif place.kind == "local":
-                    given.append(_Operand(None, locals_.index(place), -1, rows))
-                else:
-                    given.append(_Operand(place.bind(), -1, -1, rows))
-            if line.sums_rows:
-                sums.append((given[0], given[1], operands[0][0].dtype))
-            else:
-                bound.append((line.text, given))
-        return Run(bound, sums, shape, scratch, len(locals_), _lanes(shape, lowered), spare)
-
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
-    line.make = make
+    # Once the arena has its memory.
+    line.make = lambda: Run(lines, shape, scratch, locals_, _lanes(shape, lowered), spare)
     return line
