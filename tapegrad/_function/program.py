@@ -182,76 +182,79 @@ class Difference:
 
 
 def difference(first: Program, second: Program) -> Difference | None:
-    """Return the first difference between two recorded calls, or None if there is none."""
+    """Return the first difference between two recorded calls, or None if there is none.
+
+    One of constants only where there is no other.
+    """
+    of_constants: Difference | None = None
+    for found in _differences(first, second):
+        if not found.of_constants:
+            return found
+        of_constants = of_constants or found
+    return of_constants
+
+
+def _differences(first: Program, second: Program) -> Iterator[Difference]:
+    """Yield the differences, up to the first that is not of constants."""
     if len(first.steps) != len(second.steps):
-        return Difference(
+        yield Difference(
             False, f"one call ran {len(first.steps)} operations, the next {len(second.steps)}"
         )
-    number: dict[Value, int] = {}
-    other_number: dict[Value, int] = {}
-    for i, (mine, theirs) in enumerate(zip(first.inputs, second.inputs, strict=True)):
-        number[mine] = other_number[theirs] = i
-    constants: Difference | None = None
-
-    def compare(a: Any, b: Any, where: str) -> Difference | None:
-        """Compare two inputs of one step; constants that differ are noted and passed over."""
-        nonlocal constants
-        if type(a) is not Value or type(b) is not Value:
-            if type(a) is type(b) and repr(a) == repr(b):  # 0.0 equals -0.0, and NaN not itself
-                return None
-            if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-                constants = constants or Difference(True, f"a number at {where} was {a}, then {b}")
-                return None
-            return Difference(False, f"an argument at {where} was {a!r}, then {b!r}")
-        if a.kind != b.kind or a.shape != b.shape or a.dtype != b.dtype:
-            return Difference(False, f"an input at {where} was {a!r}, then {b!r}")
-        if a.kind == "constant":
-            if not _equal(a.source, b.source):
-                constants = constants or Difference(
-                    True, f"a constant used at {where} was {_brief(a)}, then {_brief(b)}"
-                )
-            return None
-        if a.kind == "read":
-            if a.source is not b.source:
-                return Difference(False, f"another variable was read at {where}")
-            if a.since != b.since:
-                return Difference(False, f"a variable was read at another time, at {where}")
-            return None
-        if number.get(a) != other_number.get(b):
-            return Difference(False, f"an operation at {where} took another result")
-        return None
-
+    known = dict(zip(second.inputs, first.inputs, strict=True))
     for a, b in zip(first.steps, second.steps, strict=True):
         if a.primitive is not b.primitive or len(a.inputs) != len(b.inputs):
-            return Difference(False, f"{a.name} ran at {a.where}, then {b.name} at {b.where}")
+            yield Difference(False, f"{a.name} ran at {a.where}, then {b.name} at {b.where}")
         for x, y in zip(a.inputs, b.inputs, strict=True):
-            found = compare(x, y, b.where)
-            if found is not None:
-                return found
+            yield from _differences_of_inputs(x, y, b.where, known)
         if not _same_params(a.params, b.params):
-            constants = constants or Difference(
+            yield Difference(
                 True, f"{b.name} at {b.where} had the settings {a.params}, then {b.params}"
             )
         if [id(v) for v in a.writes] != [id(v) for v in b.writes]:
-            return Difference(False, f"{b.name} at {b.where} wrote other variables")
+            yield Difference(False, f"{b.name} at {b.where} wrote other variables")
         for y, z in zip(a.outputs, b.outputs, strict=True):
             if y.shape != z.shape or y.dtype != z.dtype:
-                return Difference(False, f"{b.name} at {b.where} gave {y!r}, then {z!r}")
-            number[y] = other_number[z] = len(number)
+                yield Difference(False, f"{b.name} at {b.where} gave {y!r}, then {z!r}")
+            known[z] = y
     if len(first.outputs) != len(second.outputs):
-        return Difference(False, "the results had another structure")
+        yield Difference(False, "the results had another structure")
     for leaf, other in zip(first.outputs, second.outputs, strict=True):
         if type(leaf) is Value and type(other) is Value:
-            found = compare(leaf, other, "the return")
-            if found is not None:
-                return found
+            yield from _differences_of_inputs(leaf, other, "the return", known)
         elif leaf is other:
             continue
         elif isinstance(other, np.ndarray):
-            return Difference(True, "the function returned another NumPy array: return tensors")
+            yield Difference(True, "the function returned another NumPy array: return tensors")
         elif type(leaf) is not type(other) or leaf != other:
-            return Difference(True, f"the function returned {leaf!r}, then {other!r}")
-    return constants
+            yield Difference(True, f"the function returned {leaf!r}, then {other!r}")
+
+
+def _differences_of_inputs(
+    a: Any, b: Any, where: str, known: dict[Value, Value]
+) -> Iterator[Difference]:
+    """Yield how two inputs of one step differ, if they do.
+
+    known  which values of the first call those of the second are.
+    """
+    if type(a) is not Value or type(b) is not Value:
+        if type(a) is type(b) and repr(a) == repr(b):  # 0.0 equals -0.0, and NaN not itself
+            return
+        if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            yield Difference(True, f"a number at {where} was {a}, then {b}")
+        else:
+            yield Difference(False, f"an argument at {where} was {a!r}, then {b!r}")
+    elif a.kind != b.kind or a.shape != b.shape or a.dtype != b.dtype:
+        yield Difference(False, f"an input at {where} was {a!r}, then {b!r}")
+    elif a.kind == "constant":
+        if not _equal(a.source, b.source):
+            yield Difference(True, f"a constant used at {where} was {_brief(a)}, then {_brief(b)}")
+    elif a.kind == "read":
+        if a.source is not b.source:
+            yield Difference(False, f"another variable was read at {where}")
+        elif a.since != b.since:
+            yield Difference(False, f"a variable was read at another time, at {where}")
+    elif known[b] is not a:
+        yield Difference(False, f"an operation at {where} took another result")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
