@@ -204,16 +204,14 @@ def _uses(step: Step) -> _Uses | None:
     """Return what index arrays a step reads or writes with, or None where they are known."""
     name, params = step.name, step.params
     if name == "getitem" and not params.get("in_range") and len(step.inputs) > 1:
-        uses = _Uses(step.inputs[0].shape, params["index"], 1)
-    elif name == "row_numbers":
-        uses = _Uses((params["rows"],), (SLOT,), 0)
-    elif name == "places":
-        uses = _Uses(params["shape"], params["index"], 0)
-    elif name in ("assign", "assign_add", "assign_sub") and len(step.inputs) > 1:
-        uses = _Uses(step.writes[0].shape, params["index"], 1)
-    else:
-        return None
-    return uses
+        return _Uses(step.inputs[0].shape, params["index"], 1)
+    if name == "row_numbers":
+        return _Uses((params["rows"],), (SLOT,), 0)
+    if name == "places":
+        return _Uses(params["shape"], params["index"], 0)
+    if name in ("assign", "assign_add", "assign_sub") and len(step.inputs) > 1:
+        return _Uses(step.writes[0].shape, params["index"], 1)
+    return None
 
 
 def _can_be_looked_at(uses: _Uses, arrays: Sequence[Value]) -> bool:

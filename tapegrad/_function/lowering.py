@@ -181,15 +181,16 @@ class Lowering:
         self._uses = program.uses()
         self._outputs = set(program.output_values())
         self._locals = 0
-        self._copies = self._reads_to_copy()
-        self.copied = self._copies.keys()
+        self.copies = self._reads_to_copy()
         self.kept: set[Place] = set()  # whose values the results need
         self.speculates = False  # whether a NaN in a checked value sends a call the careful way
         self._choose_destinations()
         for position, step in enumerate(program.steps):
             if position == first_write:
                 self._lines = self.late
-            self._copy_before(step)
+            for x, end in self.copies.items():
+                if end == position:
+                    self.of(x)
             if step not in self.done:
                 self._lower(step)
             for x in step.values():
@@ -224,18 +225,13 @@ class Lowering:
                         found[x] = position
         return found
 
-    def _copy_before(self, step: Step) -> None:
-        for x, position in self._copies.items():
-            if self.program.steps[position] is step:
-                self.of(x)
-
     def _place_of_read(self, x: Value) -> Place:
         memory = static(x.source._array)
         if not x.shape:
             place = self.local(x.shape, x.dtype)
             self.line("{} = {}[()]", place, memory)  # a NumPy scalar: a value of its own
             return place
-        if x not in self._copies and x not in self._outputs:
+        if x not in self.copies and x not in self._outputs:
             return memory
         place = self.arena(x.shape, x.dtype)
         self.line("{}[...] = {}", place, memory)
@@ -279,7 +275,7 @@ class Lowering:
 
     def memory_of(self, x: Value) -> Any:
         """Return where a 0-d value lies, if it is a Variable's own memory, else its place."""
-        if x.kind == "read" and x not in self._copies and x not in self.places:
+        if x.kind == "read" and x not in self.copies and x not in self.places:
             return static(x.source._array)
         return self.of(x)
 

@@ -70,7 +70,7 @@ def _linear(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     if not x.dtype == w.dtype == bias.dtype:
         return False
-    both = joined(w, bias) if w not in b.copied and bias not in b.copied else None
+    both = joined(w, bias) if w not in b.copies and bias not in b.copies else None
     places = b.of(x), b.of(w), b.of(bias)
     out = b.out(step)
     product = _product(x, w, y)
