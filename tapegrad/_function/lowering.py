@@ -10,7 +10,7 @@ import numpy as np
 
 from tapegrad._backend import Array
 from tapegrad._function.gradients import gathered
-from tapegrad._function.layout import Layout, Pair
+from tapegrad._function.layout import Layout, Pair, joined_arrays
 from tapegrad._function.program import Program, Step, Value, users_of
 from tapegrad._function.rewrites import ends
 from tapegrad._host_memory import aligned
@@ -415,12 +415,9 @@ class Lowering:
     def joined_destination(self, pair: Pair) -> Array:
         """Return where a kernel's gradient and its bias's lie, as one matrix."""
         kernel, bias = self.destinations[pair.kernel].array, self.destinations[pair.bias].array
-        flat = kernel.base if kernel.base is not None else kernel
-        start = (kernel.ctypes.data - flat.ctypes.data) // kernel.itemsize
-        rows, columns = kernel.shape
-        assert bias.ctypes.data == kernel.ctypes.data + kernel.nbytes
-        part: Array = flat.reshape(-1)[start : start + (rows + 1) * columns]
-        return part.reshape(rows + 1, columns)
+        both = joined_arrays(kernel, bias)
+        assert both is not None
+        return both
 
     def turned(self, place: Place) -> Place:
         """Return the transpose of a matrix's place."""

@@ -22,12 +22,15 @@ def _matmul(b: Lowering, step: Step) -> bool:
         b.set(y, b.destinations[y])
         return True
     places = b.of(x1), b.of(x2)
-    _multiply_matrices(b, _product(x1, x2, y), *places, b.out(step))
+    _multiply_matrices(b, *places, b.out(step))
     return True
 
 
-def _multiply_matrices(b: Lowering, product: str, left: Place, right: Place, out: Place) -> None:
-    if out.turned or _is_turned(out):
+def _multiply_matrices(b: Lowering, left: Place, right: Place, out: Place) -> None:
+    # As the meaning does: for thin matrices the two round otherwise.
+    plain = len(left.shape) == len(right.shape) == 2 and out.dtype.char in "fd"
+    product = "dot" if plain else "matmul"
+    if _is_turned(out):
         left, right, out = b.turned(right), b.turned(left), b.turned(out)
     if out.kind == "static" and not out.bind().flags.c_contiguous:
         product = "matmul"  # beside a column of ones: dot writes to whole arrays alone
@@ -44,21 +47,18 @@ def _is_thin_transpose(left: Place, right: Place) -> bool:
     reads, and 13 with the copy of one of them.
     """
     return (
-        all(place.turned or _is_turned(place) for place in (left, right))
+        _is_turned(left)
+        and _is_turned(right)
         and left.shape[1] <= 16
         and left.shape[0] * right.shape[1] >= 1 << 14
     )
 
 
 def _is_turned(place: Place) -> bool:
-    array = place.bind() if place.kind == "static" else None
-    return array is not None and array.ndim == 2 and bool(array.T.flags.c_contiguous)
-
-
-def _product(x1: Value, x2: Value, y: Value) -> str:
-    # As the meaning does: for thin matrices the two round otherwise.
-    plain = len(x1.shape) == len(x2.shape) == 2 and y.dtype.char in "fd"
-    return "dot" if plain else "matmul"
+    if place.kind != "static":
+        return place.turned
+    array = place.bind()
+    return array.ndim == 2 and bool(array.T.flags.c_contiguous)
 
 
 # ---- linear layers
@@ -73,15 +73,14 @@ def _linear(b: Lowering, step: Step) -> bool:
     both = joined(w, bias) if w not in b.copies and bias not in b.copies else None
     places = b.of(x), b.of(w), b.of(bias)
     out = b.out(step)
-    product = _product(x, w, y)
     if x in b.extended and both is not None and out.kind != "local":
         full = b.extended[x]
-        if out.turned or _is_turned(out):
+        if _is_turned(out):
             b.call("dot", static(both.T), static(full), b.turned(out))
         else:
             b.call("dot", static(full.T), static(both), out)
     else:
-        _multiply_matrices(b, product, places[0], places[1], out)
+        _multiply_matrices(b, places[0], places[1], out)
         b.call("add", out, places[2], out)
     if step.name == "linear_relu":
         b.call("maximum", out, zeros(b, y), out)
