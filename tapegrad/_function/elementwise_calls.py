@@ -224,34 +224,39 @@ def _where(b: Lowering, step: Step) -> bool:
 def _scale(b: Lowering, step: Step) -> bool:
     g, d = step.inputs
     y = step.outputs[0]
-    if not y.shape and y.dtype.char in "fd":
-        constant = type(g) is Value and g.kind == "constant" and g.source._array != 0
-        if constant or (type(g) is not Value and g != 0):
-            return _scalar(b, step, "{} * {}")  # no factor that could win
-        if type(g) is not Value:
-            return _scalar(b, step, "{}(np, {}, {})", step.primitive.forward)
-        _scalar(b, step, "{} * {}")
-        out, places = b.places[y], [b.of(x) for x in step.inputs]
-        b.line("if {} != {}: {} = {}(np, {}, {})", out, out, out, step.primitive.forward, *places)
-        return True
-    if not y.shape or y.dtype.char not in "fd":
+    if y.dtype.char not in "fd":
         return False
+    if not y.shape:
+        return _scale_number(b, step)
+    if type(g) is not Value or type(d) is not Value:
+        if not _is_never_zero(g) and (type(d) is Value or d - d != 0):
+            return False
+        b.call("multiply", *_numbers(b, step), b.out(step, g, d))
+        return True
     places = _numbers(b, step)
-    if type(g) is not Value:
-        if g == 0:
-            return False
-        b.call("multiply", *places, b.out(step, d))
-        return True
-    if type(d) is not Value:
-        if d - d != 0:
-            return False
-        b.call("multiply", *places, b.out(step, g))
-        return True
-    # No factor that could win? Else out is not in the memory of g: it is read once more.
-    plain = g.kind == "constant" and bool(np.all(g.source._array != 0))
+    # Not in the memory of g, which may be read once more.
     out = b.out(step) if g is d else b.out(step, d)
-    b.call("multiply" if plain else "scaled", *places, out)
+    b.call("multiply" if _is_never_zero(g) else "scaled", *places, out)
     return True
+
+
+def _scale_number(b: Lowering, step: Step) -> bool:
+    g = step.inputs[0]
+    meaning = step.primitive.forward
+    if type(g) is not Value and g == 0:
+        return _scalar(b, step, "{}(np, {}, {})", meaning)
+    _scalar(b, step, "{} * {}")
+    if not _is_never_zero(g):
+        out, places = b.places[step.outputs[0]], [b.of(x) for x in step.inputs]
+        b.line("if {} != {}: {} = {}(np, {}, {})", out, out, out, meaning, *places)
+    return True
+
+
+def _is_never_zero(g: Any) -> bool:
+    """Tell whether a factor is known to hold no 0, which would win."""
+    if type(g) is not Value:
+        return bool(g != 0)
+    return g.kind == "constant" and bool(np.all(g.source._array != 0))
 
 
 @lowers("larger_share")
