@@ -172,7 +172,7 @@ class Lowering:
         self._stacks = {y: s for s in map(_Stack, layout.stacks) for y in s.members}
         self.done: set[Step] = set()  # what came with an earlier step
         self.multiplies = any(step.name in _PRODUCTS for step in program.steps)
-        self.users = users_of(program.steps)
+        self._users = users_of(program.steps)
         self.early: list[Line] = []  # lines that change nothing but the program's own memory
         self.late: list[Line] = []  # from the first that changes state on
         self._lines = self.early
@@ -272,6 +272,11 @@ class Lowering:
     def uses(self, x: Value) -> int:
         """Return how often a value is used, by steps and as an output."""
         return self._uses[x]
+
+    def only_user(self, x: Value) -> Step | None:
+        """Return the step that takes a value, if nobody else gets it."""
+        users = self._users.get(x, [])
+        return users[0] if len(users) == self._uses[x] == 1 else None
 
     def memory_of(self, x: Value) -> Any:
         """Return where a 0-d value lies, if it is a Variable's own memory, else its place."""

@@ -154,14 +154,14 @@ def _cross_entropy_by_rows(b: Lowering, step: Step, x: Place, t: Place, with_gra
 
 def _the_scaling_of(b: Lowering, x: Value) -> Step | None:
     """Return the step that multiplies a gradient by one number, if nothing else uses it."""
-    users = b.users.get(x, [])
-    if len(users) != 1 or users[0].name not in ("scale", "multiply") or b.uses(x) != 1:
+    step = b.only_user(x)
+    if step is None or step.name not in ("scale", "multiply"):
         return None
-    g, d = users[0].inputs
+    g, d = step.inputs
     number = g.number() if d is x and type(g) is Value and g.dtype == x.dtype else None
-    if number is None or number == 0 or users[0].outputs[0].shape != x.shape:
+    if number is None or number == 0 or step.outputs[0].shape != x.shape:
         return None
-    return users[0]
+    return step
 
 
 def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
@@ -229,12 +229,10 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
 
 def _the_sum_of(b: Lowering, x: Value) -> Step | None:
     """Return the step that sums a vector, if nothing else uses it."""
-    users = b.users.get(x, [])
-    if len(users) == 1 and users[0].name == "sum" and b.uses(x) == 1:
-        step = users[0]
-        if not step.outputs[0].shape and step.params["dtype"] is None:
-            return step
-    return None
+    step = b.only_user(x)
+    if step is None or step.name != "sum" or step.outputs[0].shape:
+        return None
+    return step if step.params["dtype"] is None else None
 
 
 @lowers("probability_cross_entropy", "probability_cross_entropy_with_grad")
