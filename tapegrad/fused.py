@@ -129,6 +129,20 @@ linear_relu: Primitive = primitive(
 )
 
 
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum of two parts of a gradient, of which either may be missing."""
+    return b if a is None else a if b is None else ew.add(a, b)
+
+
+def of_matrix_and_sums(
+    of_matrix: Tensor | None, of_sums: Tensor | None, shape: tuple[int, ...]
+) -> Tensor | None:
+    """Return the gradient of a matrix by itself and by the sums of its columns."""
+    if of_matrix is None and of_sums is not None:
+        return _broadcast_to(of_sums, shape=shape)
+    return _plus(of_matrix, of_sums)
+
+
 def _linear_relu_grad_forward(xp: Module, g: Array, y: Array) -> tuple[Array, Array]:
     gz = _relu_grad_forward(xp, g, y)
     return gz, _sum_to.forward(xp, gz, shape=gz.shape[1:])
@@ -137,13 +151,8 @@ def _linear_relu_grad_forward(xp: Module, g: Array, y: Array) -> tuple[Array, Ar
 def _linear_relu_grad_vjp(
     needs: tuple[bool, ...], G: tuple[Tensor | None, Tensor | None], _out: Any, _g: Any, y: Tensor
 ) -> tuple[Tensor | None, None]:
-    of_gz, of_gb = G
-    total = of_gz if of_gb is None else of_gb if of_gz is None else ew.add(of_gz, of_gb)
-    if total is None or not needs[0]:
-        return None, None
-    if total.shape != y.shape:
-        total = _broadcast_to(total, shape=y.shape)
-    return relu_grad(total, y), None
+    total = of_matrix_and_sums(*G, y.shape) if needs[0] else None
+    return (None if total is None else relu_grad(total, y)), None
 
 
 # From relu's upstream gradient and output: the gradient of the sum before it, and of the bias.
@@ -352,7 +361,11 @@ def _counted(labels: Tensor, classes: int, ignore_label: int | None) -> Tensor:
     counted = logic.logical_and(logic.greater_equal(labels, 0), logic.less(labels, classes))
     if ignore_label is not None:
         counted = logic.logical_and(counted, logic.not_equal(labels, ignore_label))
-    return _reshape(counted, shape=(*counted.shape, 1))
+    return _column(counted)
+
+
+def _column(x: Tensor) -> Tensor:
+    return _reshape(x, shape=(*x.shape, 1))
 
 
 def _label_vjp(
@@ -366,12 +379,9 @@ def _label_vjp(
     ignore_label: int | None,
 ) -> tuple[Tensor | None, None]:
     of_loss, of_gradient = g
-    total = None
-    if of_loss is not None:
-        total = ew.scale(_reshape(of_loss, shape=(*of_loss.shape, 1)), y[1])
+    total = None if of_loss is None else ew.scale(_column(of_loss), y[1])
     if of_gradient is not None:
-        part = _label_hessian(logits, labels, of_gradient, ignore_label)
-        total = part if total is None else ew.add(total, part)
+        total = _plus(total, _label_hessian(logits, labels, of_gradient, ignore_label))
     return total, None
 
 
@@ -433,8 +443,7 @@ def _mean_label_vjp(
         total = y[1] if _is_plain_one(of_mean) else ew.scale(of_mean, y[1])
     if of_gradient is not None:
         part = ew.divide(of_gradient, len(logits))
-        part = _label_hessian(logits, labels, part, ignore_label)
-        total = part if total is None else ew.add(total, part)
+        total = _plus(total, _label_hessian(logits, labels, part, ignore_label))
     return total, None
 
 
@@ -477,7 +486,7 @@ def _probability_vjp(
     of_loss, of_gradient = g
     of_logits = of_targets = None
     if of_loss is not None:
-        column = _reshape(of_loss, shape=(*of_loss.shape, 1))
+        column = _column(of_loss)
         if needs[0]:
             of_logits = ew.scale(column, y[1])
         if needs[1]:
@@ -487,11 +496,10 @@ def _probability_vjp(
         if needs[0]:
             weight = reductions.sum(targets, axis=1, keepdims=True)
             part = ew.multiply(weight, _softmax_product(of_gradient, p, 1))
-            of_logits = part if of_logits is None else ew.add(of_logits, part)
+            of_logits = _plus(of_logits, part)
         if needs[1]:
             inner = reductions.sum(ew.scale(of_gradient, p), axis=1, keepdims=True)
-            part = ew.subtract(inner, of_gradient)
-            of_targets = part if of_targets is None else ew.add(of_targets, part)
+            of_targets = _plus(of_targets, ew.subtract(inner, of_gradient))
     return of_logits, of_targets
 
 
@@ -549,7 +557,7 @@ def _weighted_label_vjp(
 ) -> tuple[Tensor | None, None, Tensor | None]:
     of_loss, of_gradient = g
     if of_gradient is None and of_loss is not None and not needs[2]:
-        return ew.scale(_reshape(of_loss, shape=(*of_loss.shape, 1)), y[1]), None, None
+        return ew.scale(_column(of_loss), y[1]), None, None
     classes = logits.shape[1]
     counted = _counted(labels, classes, ignore_label)
     safe = ew.where(_reshape(counted, shape=labels.shape), labels, 0)

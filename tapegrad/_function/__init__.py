@@ -13,8 +13,9 @@ updates     on a GPU, weights that the product of their gradient updates;
 epilogues   on a GPU, products that do what comes after them: masks of ReLUs, sums of columns;
 layout      how values of small networks are stored.
 gradients   where an optimiser gathers them, to be computed there at once, and for which update.
-lowering    steps as calls of NumPy into planned memory: numpy_calls, softmax_calls and update_calls
-            say by which, and own_calls has those that NumPy has not.
+lowering    steps as calls of NumPy into planned memory: elementwise_calls, shape_calls,
+            matrix_calls, softmax_calls and update_calls say by which, and own_calls has those
+            that NumPy has not.
 blocks      runs of elementwise calls on large arrays, block by block over threads.
 memory      which arrays lie where in one arena.
 replay      the text of a program as one Python function, and its running.

@@ -7,13 +7,12 @@ table says otherwise: x * 1 is x, but x + 0 is not where x is -0.0.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, replaced
 from tapegrad._function.rewrites import Rewrite
-from tapegrad.linear import add, broadcast_to, permute, reshape
+from tapegrad.linear import add, permute
 from tapegrad.ops.elementwise import _negative, _subtract
 from tapegrad.ops.linear_algebra import _matmul as matmul
 from tapegrad.tensor import wrap
@@ -28,8 +27,7 @@ class _Pass:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._outputs = set(program.output_values())
-        self._uses = Counter(x for step in program.steps for x in step.values())
-        self._uses.update(program.output_values())
+        self._uses = program.uses()
         self._made_by: dict[Value, Step] = {}
         self._steps: list[Step] = []
         self._step: Step  # whose place new ones take
@@ -38,7 +36,7 @@ class _Pass:
         """Apply the rules, which are named by the primitive of the step that they look at."""
         instead: dict[Value, Value] = {}
         for step in self._program.steps:
-            step.inputs = tuple(instead.get(x, x) if type(x) is Value else x for x in step.inputs)
+            step.inputs = tuple(replaced(step.inputs, instead))
             self._step = step
             rule = rules.get(step.name)
             answer = None if rule is None else rule(self, step)
@@ -48,9 +46,7 @@ class _Pass:
             else:
                 instead[step.outputs[0]] = answer
         self._program.steps = self._steps
-        self._program.outputs = [
-            instead.get(x, x) if type(x) is Value else x for x in self._program.outputs
-        ]
+        self._program.outputs = list(replaced(self._program.outputs, instead))
 
     def _append(self, step: Step) -> None:
         self._steps.append(step)
@@ -77,8 +73,7 @@ class _Pass:
     def call(self, primitive: Any, like: Value, *inputs: Any, **params: Any) -> Value:
         """Add a step whose result has the shape and type of a value; return the result."""
         y = Value("result", like.shape, like.dtype)
-        step = self._step
-        self._append(Step(primitive, inputs, (y,), params, step.where, order=step.order))
+        self._append(self._step.instead(primitive, inputs, (y,), params))
         return y
 
 
@@ -203,17 +198,12 @@ def _permuted(at: _Pass, step: Step) -> Value | None:
     return at.call(permute, step.outputs[0], first, axes=both)
 
 
-def _view_of_view(name: str, primitive: Any) -> Rule:
-    def rule(at: _Pass, step: Step) -> Value | None:
-        x, y = step.inputs[0], step.outputs[0]
-        if _same_as(x, y):
-            return _same_as(x, y)
-        first = at.input_of(x, name)
-        if first is None:
-            return None
-        return _same_as(first, y) or at.call(primitive, y, first, **step.params)
-
-    return rule
+def _view_of_view(at: _Pass, step: Step) -> Value | None:
+    x, y = step.inputs[0], step.outputs[0]
+    first = at.input_of(x, step.name)
+    if _same_as(x, y) or first is None:
+        return _same_as(x, y)
+    return _same_as(first, y) or at.call(step.primitive, y, first, **step.params)
 
 
 def _flattened(at: _Pass, step: Step) -> Value | None:
@@ -273,8 +263,8 @@ REWRITES: dict[str, Rewrite] = {
     "views of views": _rewrite(
         {
             "permute": _permuted,
-            "reshape": _view_of_view("reshape", reshape),
-            "broadcast_to": _view_of_view("broadcast_to", broadcast_to),
+            "reshape": _view_of_view,
+            "broadcast_to": _view_of_view,
             "row": _row,
             "row_numbers": _flattened,
             **dict.fromkeys(

@@ -6,26 +6,15 @@ next call needs is still in cache, and what only the run itself needs never leav
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._blocks import BLOCK, LARGE, for_rows, lanes, loss_rows
+from tapegrad._blocks import BLOCK, LARGE, for_rows, lanes
 from tapegrad._function.lowering import Fresh, Line, Lowering, Place
 from tapegrad._function.own_calls import OWN_CALLS
-
-
-class _Operand(NamedTuple):
-    """An operand of a call: an array, a local's position, or scratch; whether blocks take rows."""
-
-    array: Array
-    local: int
-    scratch: int
-    rows: bool
-
 
 # Blocks from which rows that all blocks share are written out for a whole one: a call on arrays of
 # one shape takes two thirds of the time of one that spreads a row.
@@ -62,22 +51,22 @@ class _Spare:
 class Run:
     """Elementwise calls on arrays of the same rows, made for one block of rows after the other.
 
-    calls    names of functions with their operands, of which the last is written.
-    sums     matrices whose rows are summed on the way, where the sums go, and their types.
-    scratch  shapes of rows, and types, of what only the calls themselves need.
+    lines    the calls, and products with ones, by which rows are summed on the way.
+    shape    of the arrays.
+    scratch  numbers of the arrays that only the calls themselves need: of these, blocks are made.
+    locals_  numbers of those that it is called with.
     lanes    over how many threads.
-    spare    where that lies.
+    spare    where scratch lies.
     """
 
     __name__ = "run"
 
     def __init__(
         self,
-        calls: Sequence[tuple[str, list[_Operand]]],
-        sums: Sequence[tuple[_Operand, _Operand, Any]],
+        lines: Sequence[Line],
         shape: tuple[int, ...],
-        scratch: Sequence[tuple[tuple[int, ...], Any]],
-        locals_: int,
+        scratch: dict[Place, int],
+        locals_: dict[Place, int],
         lanes: int,
         spare: _Spare,
     ) -> None:
@@ -85,26 +74,23 @@ class Run:
         self._rows = shape[0]
         self._lanes = lanes
         self._block = min(self._rows, max(1, BLOCK * shape[0] // int(np.prod(shape))))
-        self._sums = [out for _, out, _ in sums]
+        sums = [line.operands for line in lines if line.sums_rows]
+        # Where each sum goes: the number of a local, or an array.
+        self._sums = [locals_[out] if out in locals_ else out.bind() for _, _, out in sums]
         # For each lane, the sum of one block, and of all of them.
-        self._partial = [np.zeros((lanes, 2, *shape[1:]), dtype) for _, _, dtype in sums]
+        self._partial = [np.zeros((lanes, 2, *shape[1:]), ones.dtype) for ones, _, _ in sums]
         own = [
-            [spare.take((self._block, *tail), dtype) for tail, dtype in scratch]
-            + [np.ones(self._block, dtype) for _, _, dtype in sums]
+            [spare.take((self._block, *shape[1:]), place.dtype) for place in scratch]
+            + [np.ones(self._block, ones.dtype) for ones, _, _ in sums]
             for _ in range(lanes)
         ]
-        written = _Blocks(
-            self._block,
-            own,
-            shape if len(shape) > 1 and self._rows >= _MANY * self._block else None,
-            spare,
-        )
-        for name, operands in calls:
-            out = "out={}" if name in ("maximum", "minimum") else "{}"
-            written.call(f"{name}({'{}, ' * (len(operands) - 1)}{out})", operands)
-        for i, ((x, _, _), partial) in enumerate(zip(sums, self._partial, strict=True)):
+        written = _Blocks(self._block, own, shape, scratch, locals_, spare)
+        for line in lines:
+            if not line.sums_rows:
+                written.call(line)
+        for i, ((_, x, _), partial) in enumerate(zip(sums, self._partial, strict=True)):
             written.sum(x, len(scratch) + i, partial)
-        self._work = written.compile(locals_)
+        self._work = written.compile()
         self._spread = written.spread
 
     def __call__(self, *arrays: Array) -> None:
@@ -116,7 +102,7 @@ class Run:
         work = self._work(*arrays)
         for_rows(self._rows, self._block, self._lanes, work, fixed=bool(self._sums))
         for out, partial in zip(self._sums, self._partial, strict=True):
-            partial[:, 1].sum(0, out=arrays[out.local] if out.local >= 0 else out.array)
+            partial[:, 1].sum(0, out=arrays[out] if isinstance(out, int) else out)
 
 
 class _Blocks:
@@ -125,27 +111,34 @@ class _Blocks:
     Blocks of 1 << 16 numbers take 5 us a call; looking up which operand is what took 1 of them.
 
     own     scratch of each lane, for whole blocks.
-    shape   of the arrays, if there are so many blocks that rows are better spread.
-    spare   where they are spread to.
-    spread  rows, and the blocks that they are copied to before each run.
+    spare   where rows are spread to, if there are so many blocks that it pays.
+    spread  these rows, and the blocks that they are copied to before each run.
     """
 
     def __init__(
-        self, block: int, own: list[list[Array]], shape: tuple[int, ...] | None, spare: _Spare
+        self,
+        block: int,
+        own: list[list[Array]],
+        shape: tuple[int, ...],
+        scratch: dict[Place, int],
+        locals_: dict[Place, int],
+        spare: _Spare,
     ) -> None:
         self._block, self._own, self._shape, self._spare = block, own, shape, spare
+        self._scratch, self._locals = scratch, locals_
+        self._spreads = len(shape) > 1 and shape[0] >= _MANY * block
         self._lines: list[str] = []
         self._names: dict[Any, str] = {}
         self._space: dict[str, Any] = {"own": own, "block": block, **OWN_CALLS}
         self._taken: list[str] = []
         self.spread: list[tuple[Array, Array]] = []
 
-    def call(self, text: str, operands: Sequence[_Operand]) -> None:
-        name = text.partition("(")[0]
+    def call(self, line: Line) -> None:
+        name = line.text.partition("(")[0]
         self._space.setdefault(name, getattr(np, name, None))
-        self._lines.append(text.format(*map(self._name, operands)))
+        self._lines.append(line.text.format(*map(self._name, line.operands)))
 
-    def sum(self, x: _Operand, ones: int, partial: Array) -> None:
+    def sum(self, x: Place, ones: int, partial: Array) -> None:
         name = self._bind(partial)
         self._space["add"] = np.add
         self._lines.append(f"one, total = {name}[lane]")
@@ -157,25 +150,28 @@ class _Blocks:
         self._space[name] = x
         return name
 
-    def _name(self, operand: _Operand) -> str:
-        array, local, spare, rows = operand
-        key = local, spare, rows, id(array) if spare < 0 else array
-        known = self._names.get(key)
-        if known is not None:
-            return known
-        if spare >= 0:
-            name = f"k{spare}" if array is None else f"k{spare}.view({self._bind(array)})"
-        else:
-            whole = f"x{local}" if local >= 0 else self._bind(array)
-            if rows:
-                name = f"b{len(self._taken)}"
-                self._taken.append(f"{name} = {whole}[s]")
-            elif array is not None and self._shape is not None and array.shape == self._shape[1:]:
-                name = self._spread(array)
-            else:
-                name = whole
-        self._names[key] = name
-        return name
+    def _name(self, place: Place) -> str:
+        inside = place.root in self._scratch
+        array = None if inside or place in self._locals else place.bind()
+        key = place if array is None else id(array)  # places may show the same array
+        if key not in self._names:
+            self._names[key] = self._scratch_name(place) if inside else self._block_of(place, array)
+        return self._names[key]
+
+    def _scratch_name(self, place: Place) -> str:
+        name = f"k{self._scratch[place.root]}"
+        return name if place.bits is None else f"{name}.view({self._bind(place.bits)})"
+
+    def _block_of(self, place: Place, array: Array) -> str:
+        whole = f"x{self._locals[place]}" if array is None else self._bind(array)
+        shape = place.shape
+        if len(shape) == len(self._shape) and shape[0] == self._shape[0] > 1:
+            name = f"b{len(self._taken)}"
+            self._taken.append(f"{name} = {whole}[s]")
+            return name
+        if array is not None and self._spreads and shape == self._shape[1:]:
+            return self._spread(array)
+        return whole
 
     def _spread(self, row: Array) -> str:
         """Return the name of a whole block of copies of a row, one that all lanes read."""
@@ -185,7 +181,7 @@ class _Blocks:
         self._taken.append(f"{name} = {self._bind(whole)}[:n]")
         return name
 
-    def compile(self, locals_: int) -> Callable[..., Callable[[slice, int], None]]:
+    def compile(self) -> Callable[..., Callable[[slice, int], None]]:
         """Return a function that takes the locals, and returns one of a block and a lane."""
         scratch = [f"k{i}" for i in range(len(self._own[0]))]
         lines = ["n = s.stop - s.start"]
@@ -193,7 +189,8 @@ class _Blocks:
             lines.append(f"{', '.join(scratch)}, = own[lane]")
             cut = "; ".join(f"{name} = {name}[:n]" for name in scratch)
             lines.append(f"if n != block: {cut}")
-        text = f"def bind({', '.join(f'x{i}' for i in range(locals_))}):\n  def work(s, lane):\n"
+        names = ", ".join(f"x{i}" for i in self._locals.values())
+        text = f"def bind({names}):\n  def work(s, lane):\n"
         text += "".join(f"    {line}\n" for line in [*lines, *self._taken, *self._lines])
         exec(compile(text + "  return work\n", "<blocks>", "exec"), self._space)  # our own text
         return self._space.pop("bind")  # type: ignore[no-any-return]
@@ -201,40 +198,35 @@ class _Blocks:
 
 def in_blocks(lowered: Lowering) -> None:
     """Replace runs of elementwise calls on large arrays of one shape by `Run`s."""
-    lines = lowered.lines
-    uses: dict[Place, list[int]] = {}
-    for i, line in enumerate(lines):
+    users: dict[Place, set[Line]] = {}
+    for line in (*lowered.early, *lowered.late):
         for operand in line.operands:
             if isinstance(operand, Place):
-                uses.setdefault(operand.root, []).append(i)
-    kept: list[Line] = []
-    writes_from = lowered.writes_from
+                users.setdefault(operand.root, set()).add(line)
     spare = _Spare()
+    for lines in (lowered.early, lowered.late):
+        lines[:] = _with_runs(lines, users, lowered, spare)
+
+
+def _with_runs(
+    lines: Sequence[Line], users: dict[Place, set[Line]], lowered: Lowering, spare: _Spare
+) -> list[Line]:
+    kept: list[Line] = []
     start = 0
     while start < len(lines):
-        if start == lowered.writes_from:
-            writes_from = len(kept)
-        end = start
+        end = start + 1
         shape = _shape(lines[start])
-        while (
-            shape is not None
-            and end < len(lines)
-            and (end == start or end != lowered.writes_from)
-            and _joins(lines[end], lines[start:end], shape)
-        ):
+        while shape and end < len(lines) and _joins(lines[end], lines[start:end], shape):
             end += 1
-        if shape is not None and (end - start > 1 or _lanes(shape, lowered) > 1):
-            part = lines[start:end]
+        part = lines[start:end]
+        if shape and (len(part) > 1 or _lanes(shape, lowered) > 1):
             kept += [line for line in part if _makes_array(line)]
             calls = [line for line in part if not _makes_array(line)]
-            kept.append(_run(calls, range(start, end), shape, uses, lowered, spare))
-            start = end
+            kept.append(_run(calls, shape, users, lowered, spare))
         else:
-            kept.append(lines[start])
-            start += 1
-    if lowered.writes_from >= len(lines):
-        writes_from = len(kept)
-    lowered.lines, lowered.writes_from = kept, writes_from
+            kept += part
+        start = end
+    return kept
 
 
 def _lanes(shape: tuple[int, ...], lowered: Lowering) -> int:
@@ -266,7 +258,7 @@ def _makes_array(line: Line) -> bool:
 
 def _shape(line: Line) -> tuple[int, ...] | None:
     """Return the shape of an elementwise call's result, if blocks of its rows may be computed."""
-    if line.ufunc is None:
+    if not line.elementwise:
         return None
     *inputs, out = line.operands
     shape: tuple[int, ...] = out.shape
@@ -297,186 +289,25 @@ def _is_whole(place: Place) -> bool:
 
 def _run(
     lines: Sequence[Line],
-    positions: range,
     shape: tuple[int, ...],
-    uses: dict[Place, list[int]],
+    users: dict[Place, set[Line]],
     lowered: Lowering,
     spare: _Spare,
 ) -> Line:
-    scratch: list[tuple[tuple[int, ...], Any]] = []
-    number: dict[Place, int] = {}
-    locals_: list[Place] = []
+    scratch: dict[Place, int] = {}
+    locals_: dict[Place, int] = {}
     arrays: list[Place] = []
-    calls: list[tuple[str | None, list[tuple[Place, bool]]]] = []
     for line in lines:
-        operands = []
         for place in line.operands:
             root = place.root
-            rows = len(place.shape) == len(shape) and place.shape[0] == shape[0] > 1
-            inside = all(i in positions for i in uses[root])
+            inside = users[root].issubset(lines)
             if root.kind == "arena" and inside and root.shape == shape and root not in lowered.kept:
-                if root not in number:
-                    number[root] = len(scratch)
-                    scratch.append((shape[1:], root.dtype))
+                scratch.setdefault(root, len(scratch))
             elif place.kind == "local":
-                if place not in locals_:
-                    locals_.append(place)
+                locals_.setdefault(place, len(locals_))
             else:
                 arrays.append(place)
-            operands.append((place, rows))
-        calls.append((line.ufunc, operands[1:] if line.sums_rows else operands))
-
-    def make() -> Run:
-        """Build the run once the arena has its memory."""
-        bound: list[tuple[str, list[_Operand]]] = []
-        sums: list[tuple[_Operand, _Operand, Any]] = []
-        for name, operands in calls:
-            given = []
-            for place, rows in operands:
-                if place.root in number:
-                    given.append(_Operand(place.bits, -1, number[place.root], rows))
-                elif place.kind == "local":
-                    given.append(_Operand(None, locals_.index(place), -1, rows))
-                else:
-                    given.append(_Operand(place.bind(), -1, -1, rows))
-            if name is None:
-                sums.append((given[0], given[1], operands[0][0].dtype))
-            else:
-                bound.append((name, given))
-        return Run(bound, sums, shape, scratch, len(locals_), _lanes(shape, lowered), spare)
-
     line = Line("{}(" + ", ".join(["{}"] * len(locals_)) + ")", (None, *locals_, *arrays))
-    line.make = make
+    # Once the arena has its memory.
+    line.make = lambda: Run(lines, shape, scratch, locals_, _lanes(shape, lowered), spare)
     return line
-
-
-class SoftmaxCrossEntropy:
-    """Losses of rows and their gradients in one pass over memory.
-
-    factor  by which the gradient is multiplied afterwards, or None.
-    exact   whether every operation is the meaning's own. Else sums are products with ones, dividing
-            by them is one product with the factor, and exponentials are those of the logits, not
-            of their distances to the largest: five passes over a block fewer.
-    """
-
-    __name__ = "softmax_cross_entropy"
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        dtype: Any,
-        meaning: Callable[..., Any],
-        factor: Any,
-        exact: bool,
-    ) -> None:
-        self._shape = shape
-        self._meaning = meaning
-        self._factor = factor
-        self._one = np.array(1, dtype)
-        self._share = self._one if factor is None else np.array(factor, dtype)
-        self._ones = None if exact else np.ones(shape[1], dtype)
-        rows, classes = shape
-        self._block = loss_rows(classes)
-        block = min(self._block, rows)
-        self._starts = np.arange(block) * classes
-        self._scratch = [
-            (
-                np.empty((2, block), dtype),
-                np.empty(block, np.int64),
-                np.empty((block, classes), dtype),
-            )
-            for _ in range(lanes(rows * classes))  # exponentials are worth it beside products too
-        ]
-
-    def __call__(self, logits: Array, labels: Array, losses: Array, gradient: Array | None) -> None:
-        rows = self._shape[0]
-
-        def work(s: slice, lane: int) -> None:
-            n = s.stop - s.start
-            sums, places, spare = self._scratch[lane]
-            x, t, loss = logits[s], labels[s], losses[s]
-            total, picked, place = sums[0, :n], sums[1, :n], places[:n]
-            p = spare[:n] if gradient is None else gradient[s]
-            np.add(t, self._starts[:n], place)
-            quick = self._quickly(x, p, total, picked, place, loss)
-            if not quick:
-                self._carefully(x, p, total, picked, place, loss)
-            if gradient is not None:
-                self._derive(p, total, picked, place)
-            if not quick and np.isnan(loss).any():  # a row of -inf alone, or one with a NaN
-                answer = self._meaning(x, t)
-                if gradient is None and not isinstance(answer, tuple):
-                    loss[...] = answer
-                else:
-                    loss[...] = answer[0]
-                    if gradient is not None:
-                        p[...] = answer[1] if self._factor is None else answer[1] * self._factor
-
-        for_rows(rows, self._block, len(self._scratch), work)
-
-    def _quickly(
-        self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
-    ) -> bool:
-        """Let p be the exponentials of x, and total what makes them its gradient.
-
-        Tells whether no number on the way is too large or small to go on.
-        """
-        if self._ones is None:
-            return False
-        np.exp(x, p)
-        p.dot(self._ones, total)
-        p.reshape(-1).take(place, None, picked, "clip")
-        np.divide(total, picked, loss)
-        np.divide(self._share, total, total)
-        if not (_ordinary(picked) and _ordinary(loss) and _ordinary(total)):
-            return False
-        np.log(loss, loss)
-        return True
-
-    def _carefully(
-        self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
-    ) -> None:
-        """Do the same relative to each row's largest; total is the sum where all is exact."""
-        column = total[:, None]
-        np.maximum.reduce(x, 1, None, column, keepdims=True)
-        np.subtract(x, column, p)
-        p.reshape(-1).take(place, None, picked, "clip")
-        np.exp(p, p)
-        if self._ones is None:
-            np.add.reduce(p, 1, None, column, keepdims=True)
-        else:
-            p.dot(self._ones, total)
-        np.log(total, loss)
-        np.subtract(loss, picked, loss)
-        if self._ones is not None:
-            np.divide(self._share, total, total)
-
-    def _derive(self, p: Array, total: Array, picked: Array, place: Array) -> None:
-        """Let p be the gradient."""
-        column, flat, share = total[:, None], p.reshape(-1), self._share
-        if self._ones is None:
-            np.divide(p, column, p)
-            share = self._one
-        else:
-            np.multiply(p, column, p)
-        flat.take(place, None, picked, "clip")
-        np.subtract(picked, share, picked)
-        flat.put(place, picked)
-        if self._ones is None and self._factor is not None:
-            np.multiply(p, self._factor, p)
-
-
-def exponents(x: Array) -> Array:
-    """Return a view of the bytes that hold the numbers' exponents.
-
-    Of numbers that are not negative it is 0 for very small ones, 127 for very large ones and NaN,
-    and 255 for a NaN with a sign; to look for these takes a fifth of what comparisons take.
-    """
-    top = x.itemsize - 1 if sys.byteorder == "little" else 0
-    return x.view(np.uint8)[..., top :: x.itemsize]
-
-
-def _ordinary(x: Array) -> bool:
-    """Tell whether numbers are neither NaN nor near what a type can hold, whatever their signs."""
-    found = (exponents(x) & 127).tobytes()
-    return not (0 in found or 127 in found)

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad import _backend
 from tapegrad._backend import Array, Module
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, users_of
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.kernels import chains as kernels
 from tapegrad.kernels.chains import OPERATIONS, Chain, Input
@@ -85,10 +84,8 @@ def _shrink_constants(program: Program) -> None:
         if type(x) is not Value or x.kind != "constant" or x.size < 2:
             return x
         if x not in known:
-            array = x.source._array
-            values, first = _backend.to_numpy(array), array.reshape(-1)[:1].reshape(()).copy()
-            same = values.tobytes() == values.reshape(-1)[:1].tobytes() * x.size
-            known[x] = Value("constant", (), x.dtype, wrap(first)) if same else x
+            number = x.number()
+            known[x] = x if number is None else Value("constant", (), x.dtype, wrap(number.copy()))
         return known[x]
 
     for step in program.steps:
@@ -101,10 +98,7 @@ def _shrink_constants(program: Program) -> None:
 
 def _groups(program: Program) -> list[_Group]:
     """Return the groups: connected, and free of what runs between their steps."""
-    users: dict[Value, list[Step]] = {}
-    for step in program.steps:
-        for x in step.values():
-            users.setdefault(x, []).append(step)
+    users = users_of(program.steps)
     outputs = set(program.output_values())
     groups: list[_Group] = []
     home: dict[Value, _Group] = {}
@@ -242,8 +236,7 @@ class _Writer:
         )
         results = [*outputs, *(y for step in group.sums for y in step.outputs)]
         primitive = _primitive(chain, group.shape, inputs, [*order, *group.sums], results)
-        last = group.last()
-        return Step(primitive, inputs, results, {}, last.where, order=last.order)
+        return group.last().instead(primitive, inputs, results)
 
     def _visit(self, y: Value) -> None:
         """Put the steps that compute a value in order, and note what they read from outside."""

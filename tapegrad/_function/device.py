@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,6 @@ from tapegrad._function.graphs import Graph, Workplace
 from tapegrad._function.lookups import Lookups
 from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.replay import Replay, Writes, _tensor
-from tapegrad._function.rewrites import writes_last
 from tapegrad._function.schedule import MAIN, SECOND, START, Schedule
 from tapegrad._storage import lies_in_buffer
 from tapegrad.config import config
@@ -47,26 +47,21 @@ class DeviceReplay(Replay):
 
     _why_plain: str | None = None
 
-    def _prepare(self) -> None:
+    def __init__(
+        self, program: Program, name: str, lock: threading.RLock, *, leased: bool = False
+    ) -> None:
+        self._xp = _backend.module_named("cupy")
+        _move_constants(program, self._xp)
+        self._lookups = Lookups(program, name, self._xp)
+        super().__init__(program, name, lock, leased=leased)
+
+    def _plan(self) -> None:
         """Plan the launches; what was captured before reads Variables where they were."""
         program = self._program
-        self._xp = _backend.module_named("cupy")
-        self._placements = _storage.placements
-        self._memory_of = [(v, v._array) for v in self.variables()]
-        for _, array in self._memory_of:
-            _ = array.shape  # raises where a failed call has lost the Variable's values
-        _move_constants(program, self._xp)
-        if not hasattr(self, "_lookups"):
-            self._lookups = Lookups(program, self._name, self._xp)
-            self._first_write = writes_last(program)
         self._schedule = Schedule(program, self._first_write)
         self._destinations = gathered(program)
         self._given_out = [x for x in program.output_values() if x.kind in ("result", "read")]
-        self._around = Writes(
-            program.written(),
-            list({id(v): v for step in program.steps for v in step.writes}.values()),
-            self._name,
-        )
+        self._around = Writes(program, self._name)
         used = {x for step in program.steps for x in step.values()}
         self._used = [x in used for x in program.inputs]
         self._workplace: Workplace | None = None

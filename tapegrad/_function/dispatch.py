@@ -19,6 +19,7 @@ from tapegrad._function.matching import Matcher, matcher
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
+from tapegrad._function.simplify import simplify
 from tapegrad._recording import state
 from tapegrad._structure import flatten, is_container, unflatten
 from tapegrad.errors import FunctionError, TapeWarning
@@ -34,13 +35,12 @@ _MOST_RECORDINGS = 5
 class _Entry:
     """What is known of one signature: the last recording, then a program, or why there is none."""
 
-    __slots__ = ("asked", "calls", "held", "match", "problem", "program", "recorded", "replay")
+    __slots__ = ("asked", "calls", "held", "match", "problem", "recorded", "replay")
 
     def __init__(self, held: Any) -> None:
         self.held = held  # keeps objects alive that the signature names by id
         self.calls = 0
         self.recorded: Program | None = None
-        self.program: Program | None = None
         self.replay: Replay | None = None
         self.match: Matcher | None = None
         self.asked = False  # whether it was tried to make the match
@@ -232,9 +232,9 @@ class Function:
             return
         found = difference(earlier, program)
         if found is None:
+            simplify(program)
             kind = Replay if program.on_host else DeviceReplay
             entry.replay = kind(program, self._name, self._lock, leased=self._leased)
-            entry.program = program
             entry.recorded = None
             return
         program.forget_makers()

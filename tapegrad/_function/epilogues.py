@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from tapegrad._backend import Array, Module
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, makers_of, users_of
 from tapegrad._function.rewrites import Rewrite
-from tapegrad.fused import linear_relu, linear_relu_grad, relu_grad
+from tapegrad.fused import linear_relu, linear_relu_grad, of_matrix_and_sums, relu_grad
 from tapegrad.kernels import epilogues as kernels
 from tapegrad.kernels import gemm_plan
-from tapegrad.linear import broadcast_to, sum_to
-from tapegrad.ops import elementwise as ew
+from tapegrad.linear import sum_to
 from tapegrad.ops.linear_algebra import matmul_nt, matmul_tn
 from tapegrad.ops.linear_algebra import product as matrix_product
 from tapegrad.primitive import MultiPrimitive, multi_primitive
@@ -32,11 +31,8 @@ class _Uses:
 
     def __init__(self, program: Program) -> None:
         self._outputs = set(program.output_values())
-        self._maker = {y: step for step in program.steps for y in step.outputs}
-        self._users: dict[Value, list[Step]] = {}
-        for step in program.steps:
-            for x in step.values():
-                self._users.setdefault(x, []).append(step)
+        self._maker = makers_of(program.steps)
+        self._users = users_of(program.steps)
 
     def maker(self, x: Value, name: str) -> Step | None:
         """Return the step that makes a value, if it is of such a primitive."""
@@ -50,11 +46,6 @@ class _Uses:
     def only_by(self, step: Step, x: Value) -> bool:
         """Tell whether one step alone needs a value."""
         return x not in self._outputs and self.of(x) == [step]
-
-
-def _like(step: Step, primitive: MultiPrimitive, inputs: Any, outputs: Any, **params: Any) -> Step:
-    """Return a step in the place of another."""
-    return Step(primitive, inputs, outputs, params, step.where, order=step.order)
 
 
 def _replace(program: Program, instead: dict[Step, Step | None]) -> None:
@@ -99,7 +90,7 @@ def _grad_of_product(xp: Module, g: Array, w: Array, y: Array, mask: Array) -> t
 def _grad_of_product_vjp(
     needs: tuple[bool, ...], G: _Two, _out: Any, g: Tensor, w: Tensor, y: Tensor, _mask: Any
 ) -> tuple[Tensor | None, ...]:
-    total = _sum_of_both(G, y.shape)
+    total = of_matrix_and_sums(*G, y.shape)
     if total is None:
         return None, None, None, None
     passed = relu_grad(total, y)
@@ -109,15 +100,6 @@ def _grad_of_product_vjp(
         None,
         None,
     )
-
-
-def _sum_of_both(G: _Two, shape: tuple[int, ...]) -> Tensor | None:
-    """Return the gradient of a matrix by itself and by the sums of its columns."""
-    of_matrix, of_sums = G
-    if of_sums is None:
-        return of_matrix
-    of_sums = broadcast_to(of_sums, shape=shape)
-    return of_sums if of_matrix is None else ew.add(of_matrix, of_sums)
 
 
 # linear_relu_grad of a product, which is the gradient for the layer's output y: of the layer's
@@ -147,14 +129,11 @@ def _mask_relus(program: Program) -> None:
         if len(y.shape) != 2 or sum(user.name == step.name for user in uses.of(y)) > 1:
             continue
         mask = Value("result", gemm_plan.mask_shape(*y.shape), np.dtype(np.uint8))
-        above = product.inputs[0].shape[1]
-        layer_outputs = y, mask
-        instead[layer] = _like(
-            layer, linear_relu_with_mask, layer.inputs, layer_outputs, above=above
-        )
+        params = {"above": product.inputs[0].shape[1]}
+        instead[layer] = layer.instead(linear_relu_with_mask, layer.inputs, (y, mask), params)
         instead[product] = None
         inputs = (*product.inputs, y, mask)
-        instead[step] = _like(step, matmul_linear_relu_grad, inputs, step.outputs)
+        instead[step] = step.instead(matmul_linear_relu_grad, inputs, step.outputs)
     _replace(program, instead)
 
 
@@ -169,7 +148,7 @@ def _with_sums_vjp(
     if of_product is not None:
         of_x = matmul_nt(of_product, w) if needs[0] else None
         of_w = matmul_tn(x, of_product) if needs[1] else None
-    return of_x, _sum_of_both((of_w, of_sums), w.shape)
+    return of_x, of_matrix_and_sums(of_w, of_sums, w.shape)
 
 
 # A kernel's gradient and its bias's: the activations, transposed, and the gradient of their layer.
@@ -206,7 +185,7 @@ def _sum_beside_products(program: Program) -> None:
                 continue
             instead[first] = None
             outputs = (*product.outputs, *step.outputs)
-            instead[last] = _like(last, matmul_with_sums, product.inputs, outputs)
+            instead[last] = last.instead(matmul_with_sums, product.inputs, outputs)
             break
     _replace(program, instead)
 

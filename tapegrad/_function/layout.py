@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tapegrad._backend import Array, byte_bounds
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._backend import Array, byte_bounds, owner_of
+from tapegrad._function.program import Program, Step, Value, makers_of
 from tapegrad._function.rewrites import Rewrite
-from tapegrad.variable import Variable
 
 REWRITE = Rewrite(
     None,
@@ -154,7 +153,7 @@ class Layout:
         self.stacks = [x for x in found.values() if len(x) > 1 and sum(y.size for y in x) <= SMALL]
 
     def _pair(self, program: Program) -> None:
-        made_by = {y: step for step in program.steps for y in step.outputs}
+        made_by = makers_of(program.steps)
         gathers = [step for step in program.steps if step.name == "gather_gradients"]
         times = Counter(x for gather in gathers for x in gather.inputs)
         for gather in gathers:
@@ -180,15 +179,8 @@ class Layout:
 
     def loss_by_classes(self, step: Step) -> bool:
         """Tell whether a softmax cross-entropy can be computed along rows of one class each."""
-        logits, labels = step.inputs
-        return (
-            not step.params["label_smoothing"]
-            and step.params["ignore_label"] is None
-            and logits.dtype.char in "fd"
-            and labels.dtype == np.int64
-            and logits.shape[1] <= 64
-            and step.outputs[0] in self.visible
-        )
+        few = step.inputs[0].shape[1] <= 64
+        return few and is_of_plain_labels(step) and step.outputs[0] in self.visible
 
     def _see(self, program: Program, first_write: int) -> None:
         before = program.steps[:first_write]
@@ -217,24 +209,35 @@ def _spreading(step: Step) -> list[Value]:
     return list(step.values())
 
 
+def is_of_plain_labels(step: Step) -> bool:
+    """Tell whether a softmax cross-entropy is of labels alone, as the calls of NumPy for it are."""
+    logits, labels = step.inputs
+    return (
+        not step.params["label_smoothing"]
+        and step.params["ignore_label"] is None
+        and logits.dtype.char in "fd"
+        and labels.dtype == np.int64
+    )
+
+
 def joined(w: Any, b: Any) -> Array | None:
     """Return the matrix of a kernel with its bias as its last row, if they lie so in memory."""
-    if type(w) is not Value or type(b) is not Value or w.kind != "read" or b.kind != "read":
+    if any(type(x) is not Value or x.kind != "read" for x in (w, b)):
         return None
-    return joined_arrays(w.source, b.source)
+    return joined_arrays(w.source._array, b.source._array)
 
 
-def joined_arrays(w: Variable, b: Variable) -> Array | None:
-    """Return what `joined` does, of two Variables."""
-    buffer = w._buffer
-    if buffer is not b._buffer or w.ndim != 2 or b.shape != w.shape[1:] or b.dtype != w.dtype:
+def joined_arrays(w: Array, b: Array) -> Array | None:
+    """Return what `joined` does, of arrays."""
+    flat = owner_of(w)
+    if flat is not owner_of(b) or flat.ndim != 1 or not flat.dtype == w.dtype == b.dtype:
         return None
-    if not isinstance(buffer.array, np.ndarray) or buffer.array.ndim != 1:
+    start, end = byte_bounds(w)
+    if w.ndim != 2 or b.shape != w.shape[1:] or byte_bounds(b)[0] != end:
         return None
-    start, end = byte_bounds(w._array)
-    if byte_bounds(b._array)[0] != end or not w._array.flags.c_contiguous:
+    if not w.flags.c_contiguous:
         return None
-    first = (start - byte_bounds(buffer.array)[0]) // w.dtype.itemsize
+    first = (start - byte_bounds(flat)[0]) // w.itemsize
     rows, columns = w.shape
-    part: Array = buffer.array[first : first + (rows + 1) * columns].reshape(rows + 1, columns)
+    part: Array = flat[first : first + (rows + 1) * columns].reshape(rows + 1, columns)
     return part

@@ -116,8 +116,7 @@ class Lookups:
         taken = Value("result", y.shape, y.dtype)
         step.outputs = (taken,)
         params = {"behind": _axes_behind(len(uses.shape), uses.template)}
-        mark = Step(_mark, (taken, *wrong), (y,), params, step.where, order=step.order)
-        return [*before, step, mark]
+        return [*before, step, step.instead(_mark, (taken, *wrong), (y,), params)]
 
     def _without_masks(self, step: Step, uses: _Uses) -> _Uses:
         """Let a step take the places of boolean constants: else each call looks for them."""
@@ -143,8 +142,7 @@ class Lookups:
         look = functools.partial(self._in_range, len(self._checks), length, text)
         self._checks.append(_Check(f"[{step.name}] {text}", step.where))
         results = [Value("result", x.shape, x.dtype), Value("result", x.shape, np.dtype(bool))]
-        primitive = MultiPrimitive(step.name, look)
-        return Step(primitive, (x,), results, {}, step.where, order=step.order)
+        return step.instead(MultiPrimitive(step.name, look), (x,), results)
 
     def _in_range(
         self, number: int, length: int, text: str, xp: Module, index: Array
@@ -206,16 +204,14 @@ def _uses(step: Step) -> _Uses | None:
     """Return what index arrays a step reads or writes with, or None where they are known."""
     name, params = step.name, step.params
     if name == "getitem" and not params.get("in_range") and len(step.inputs) > 1:
-        uses = _Uses(step.inputs[0].shape, params["index"], 1)
-    elif name == "row_numbers":
-        uses = _Uses((params["rows"],), (SLOT,), 0)
-    elif name == "places":
-        uses = _Uses(params["shape"], params["index"], 0)
-    elif name in ("assign", "assign_add", "assign_sub") and len(step.inputs) > 1:
-        uses = _Uses(step.writes[0].shape, params["index"], 1)
-    else:
-        return None
-    return uses
+        return _Uses(step.inputs[0].shape, params["index"], 1)
+    if name == "row_numbers":
+        return _Uses((params["rows"],), (SLOT,), 0)
+    if name == "places":
+        return _Uses(params["shape"], params["index"], 0)
+    if name in ("assign", "assign_add", "assign_sub") and len(step.inputs) > 1:
+        return _Uses(step.writes[0].shape, params["index"], 1)
+    return None
 
 
 def _can_be_looked_at(uses: _Uses, arrays: Sequence[Value]) -> bool:

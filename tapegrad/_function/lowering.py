@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tapegrad._backend import Array
-from tapegrad._flat_update import FlatUpdate
 from tapegrad._function.gradients import gathered
-from tapegrad._function.layout import Layout, Pair
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.layout import Layout, Pair, joined_arrays
+from tapegrad._function.program import Program, Step, Value, users_of
 from tapegrad._function.rewrites import ends
 from tapegrad._host_memory import aligned
 from tapegrad.primitive import MultiPrimitive, Update
@@ -89,6 +87,11 @@ def static(array: Array) -> Place:
     return Place("static", array.shape, array.dtype, array=array)
 
 
+def static_number(value: float, dtype: Any) -> Place:
+    """Return the place of a number of a type."""
+    return static(np.asarray(value, dtype))
+
+
 class Fresh:
     """Makes arrays that a caller gets; a large one is used again once nobody holds it any more.
 
@@ -123,19 +126,20 @@ _NOBODY = 2  # references that sys.getrefcount counts: the list's, and its own a
 class Line:
     """One line of the program's text: a format, and the places and objects that it names."""
 
-    __slots__ = ("make", "operands", "sums_rows", "text", "ufunc")
+    __slots__ = ("elementwise", "make", "operands", "sums_rows", "text")
 
-    def __init__(self, text: str, operands: Sequence[Any], ufunc: str | None = None) -> None:
+    def __init__(self, text: str, operands: Sequence[Any], elementwise: bool = False) -> None:
         self.text = text
         self.operands = tuple(operands)
-        self.ufunc = ufunc  # the elementwise function, if it is one: its last operand is written
+        self.elementwise = elementwise  # what it calls; then its last operand is written
         self.sums_rows = False  # whether it is a product of ones and a matrix, in any order
         self.make: Callable[[], Any] | None = None  # makes the first operand, once memory is there
 
 
 Lower = Callable[["Lowering", Step], bool]
-# How a primitive's step becomes lines: returns False to decline, and then its meaning is called.
-lowerings: dict[str, Lower] = {}
+# How a primitive's step becomes lines: what its meaning does, bit for bit, with `out=` where that
+# makes new arrays. Returns False to decline, and then the meaning is called.
+lowerings: dict[str | type[object], Lower] = {}
 
 
 # The primitives whose result shows the memory of their input.
@@ -145,12 +149,11 @@ VIEWS = frozenset(("broadcast_to", "getitem", "permute", "reshape", "row", "stop
 _PRODUCTS = frozenset(("matmul", "linear", "linear_relu"))
 
 
-def lowers(*names: str) -> Callable[[Lower], Lower]:
-    """Enter a function in the table of lowerings."""
+def lowers(*primitives: str | type[object]) -> Callable[[Lower], Lower]:
+    """Enter a function in the table of lowerings, for primitives of these names or kinds."""
 
     def enter(function: Lower) -> Lower:
-        for name in names:
-            lowerings[name] = function
+        lowerings.update(dict.fromkeys(primitives, function))
         return function
 
     return enter
@@ -169,42 +172,33 @@ class Lowering:
         self._stacks = {y: s for s in map(_Stack, layout.stacks) for y in s.members}
         self.done: set[Step] = set()  # what came with an earlier step
         self.multiplies = any(step.name in _PRODUCTS for step in program.steps)
-        self.users: dict[Value, list[Step]] = {}
-        for step in program.steps:
-            for x in step.values():
-                self.users.setdefault(x, []).append(step)
-        self.lines: list[Line] = []
+        self._users = users_of(program.steps)
+        self.early: list[Line] = []  # lines that change nothing but the program's own memory
+        self.late: list[Line] = []  # from the first that changes state on
+        self._lines = self.early
         self.places: dict[Value, Place] = {}
         self.destinations: dict[Value, Place] = {}
-        self._uses: Counter[Value] = Counter()
-        for step in program.steps:
-            self._uses.update(step.values())
-        self._uses.update(program.output_values())
+        self._uses = program.uses()
         self._outputs = set(program.output_values())
         self._locals = 0
-        self._loaded: dict[Value, Place] = {}
-        self._copies = self._reads_to_copy()
-        self.copied = self._copies.keys()
+        self.copies = self._reads_to_copy()
         self.kept: set[Place] = set()  # whose values the results need
         self.speculates = False  # whether a NaN in a checked value sends a call the careful way
-        self.writes_from = -1  # the first line that changes state
         self._choose_destinations()
         for position, step in enumerate(program.steps):
             if position == first_write:
-                self.writes_from = len(self.lines)
-            self._copy_before(step)
+                self._lines = self.late
+            for x, end in self.copies.items():
+                if end == position:
+                    self.of(x)
             if step not in self.done:
                 self._lower(step)
             for x in step.values():
                 if x in self.places:
                     self.places[x].root.pending -= 1
-        if self.writes_from < 0 and first_write < len(program.steps):
-            self.writes_from = len(self.lines)
 
     def _lower(self, step: Step) -> None:
-        lower = lowerings.get(step.name)
-        if isinstance(step.primitive, FlatUpdate):
-            lower = lowerings["flat_update"]
+        lower = lowerings.get(step.name) or lowerings.get(type(step.primitive))
         if lower is None or not lower(self, step):
             self.call_meaning(step)
 
@@ -231,20 +225,13 @@ class Lowering:
                         found[x] = position
         return found
 
-    def _copy_before(self, step: Step) -> None:
-        for x, position in self._copies.items():
-            if self.program.steps[position] is step:
-                self.of(x)
-
     def _place_of_read(self, x: Value) -> Place:
-        variable = x.source
+        memory = static(x.source._array)
         if not x.shape:
             place = self.local(x.shape, x.dtype)
-            memory = Place("static", x.shape, x.dtype, array=variable._array)
             self.line("{} = {}[()]", place, memory)  # a NumPy scalar: a value of its own
             return place
-        memory = Place("static", x.shape, x.dtype, array=variable._array)
-        if x not in self._copies and x not in self._outputs:
+        if x not in self.copies and x not in self._outputs:
             return memory
         place = self.arena(x.shape, x.dtype)
         self.line("{}[...] = {}", place, memory)
@@ -255,7 +242,7 @@ class Lowering:
     def _choose_destinations(self) -> None:
         for x, part in gathered(self.program).items():
             if x not in self._outputs:
-                self.destinations[x] = Place("static", x.shape, x.dtype, array=part)
+                self.destinations[x] = static(part)
 
     # ---- what lowerings build with
 
@@ -266,7 +253,7 @@ class Lowering:
         place = self.places.get(x)
         if place is None:
             if x.kind == "constant":
-                place = Place("static", x.shape, x.dtype, array=x.source._array)
+                place = static(x.source._array)
             elif x.kind == "input":
                 place = self.local(x.shape, x.dtype, f"x{x.source}")
                 if x in self.layout.with_ones:
@@ -286,19 +273,20 @@ class Lowering:
         """Return how often a value is used, by steps and as an output."""
         return self._uses[x]
 
-    def meaning(self, step: Step) -> Callable[..., Any]:
-        """Return a step's meaning, its settings given, to be called with arrays."""
-        return _meaning(step)
+    def only_user(self, x: Value) -> Step | None:
+        """Return the step that takes a value, if nobody else gets it."""
+        users = self._users.get(x, [])
+        return users[0] if len(users) == self._uses[x] == 1 else None
 
     def memory_of(self, x: Value) -> Any:
         """Return where a 0-d value lies, if it is a Variable's own memory, else its place."""
-        if x.kind == "read" and x not in self._copies and x not in self.places:
-            return Place("static", x.shape, x.dtype, array=x.source._array)
+        if x.kind == "read" and x not in self.copies and x not in self.places:
+            return static(x.source._array)
         return self.of(x)
 
-    def is_output(self, x: Value) -> bool:
-        """Tell whether the caller gets this value, and so needs an array of its own."""
-        return x in self._outputs
+    def must_be_written(self, y: Value) -> bool:
+        """Tell whether a caller or an optimiser gets a value: then it is no view of another."""
+        return y in self._outputs or y in self.destinations
 
     def local(self, shape: tuple[int, ...], dtype: Any, name: str | None = None) -> Place:
         """Return a place for what a line will bind."""
@@ -332,35 +320,37 @@ class Lowering:
         reuse  the inputs whose memory the step can write to while it reads them.
         """
         y = step.outputs[position]
-        place = self.destinations.get(y)
-        if place is None and y in self.layout.with_ones:
-            place = self._with_ones(y)
-        if place is None and y in self._outputs and not self.leased:
-            place = self.local(y.shape, y.dtype)
-            self.line("{} = {}()", place, Fresh(y.shape, y.dtype))
-        if place is None:
-            for x in reuse:
-                if type(x) is not Value or x in self._outputs:
-                    continue
-                old = self.places.get(x)
-                if (
-                    old is not None
-                    and old.kind == "arena"
-                    and (old.root is old or old.turned)
-                    and old.turned == (y in self.layout.feature_major)
-                    and (old.shape, old.dtype) == (y.shape, y.dtype)
-                    and old.root.pending == sum(other is x for other in step.values())
-                ):
-                    place = old
-                    break
-        if place is None and y in self.layout.feature_major:
-            base = self.arena(y.shape[::-1], y.dtype)
-            place = self.view(base, y.shape, np.transpose)
-            place.turned = True
-        if place is None:
-            place = self.arena(y.shape, y.dtype)
+        place = self._own_memory(y) or self._given_up(reuse, step, y) or self.like(y)
         self.set(y, place)
         return place
+
+    def _own_memory(self, y: Value) -> Place | None:
+        """Return memory that holds nothing but a value, where it needs such."""
+        if y in self.destinations:
+            return self.destinations[y]
+        if y in self.layout.with_ones:
+            return self._with_ones(y)
+        if y in self._outputs and not self.leased:
+            place = self.local(y.shape, y.dtype)
+            self.line("{} = {}()", place, Fresh(y.shape, y.dtype))
+            return place
+        return None
+
+    def _given_up(self, inputs: Sequence[Any], step: Step, y: Value) -> Place | None:
+        """Return the memory of an input that nobody needs after a step, if a value fits in."""
+        for x in inputs:
+            place = self.places.get(x)
+            if (
+                place is not None
+                and x not in self._outputs
+                and place.kind == "arena"
+                and (place.root is place or place.turned)
+                and place.turned == (y in self.layout.feature_major)
+                and (place.shape, place.dtype) == (y.shape, y.dtype)
+                and place.root.pending == sum(other is x for other in step.values())
+            ):
+                return place
+        return None
 
     def _with_ones(self, y: Value) -> Place:
         """Make memory of its own for a matrix with ones beside it, which stay there."""
@@ -369,15 +359,15 @@ class Lowering:
             stack = self._stacks.get(y)
             full = aligned((columns + 1, rows), y.dtype, 1) if stack is None else stack.part(y)
             self.extended[y] = full
-            return Place("static", y.shape, y.dtype, array=full[:-1].T)
+            return static(full[:-1].T)
         full = aligned((rows, columns + 1), y.dtype, 1)
         self.extended[y] = full.T
-        return Place("static", y.shape, y.dtype, array=full[:, :-1])
+        return static(full[:, :-1])
 
-    def like(self, y: Value, turned: bool, dtype: Any = None) -> Place:
-        """Return scratch for a value's elements, stored as it is."""
+    def like(self, y: Value, dtype: Any = None) -> Place:
+        """Return memory for a value's elements, stored as it is."""
         dtype = y.dtype if dtype is None else dtype
-        if not turned:
+        if y not in self.layout.feature_major:
             return self.arena(y.shape, dtype)
         place = self.view(self.arena(y.shape[::-1], dtype), y.shape, np.transpose)
         place.turned = True
@@ -404,7 +394,7 @@ class Lowering:
         """
         stack = self._stacks.get(y)
         if stack is None or not all(x in self.places for x in stack.members):
-            mask = self.integers(self.like(y, y in self.layout.feature_major))
+            mask = self.integers(self.like(y))
             self.call("sign", self.integers(self.of(y)), mask)
             return mask
         if stack.mask is None:
@@ -430,12 +420,9 @@ class Lowering:
     def joined_destination(self, pair: Pair) -> Array:
         """Return where a kernel's gradient and its bias's lie, as one matrix."""
         kernel, bias = self.destinations[pair.kernel].array, self.destinations[pair.bias].array
-        flat = kernel.base if kernel.base is not None else kernel
-        start = (kernel.ctypes.data - flat.ctypes.data) // kernel.itemsize
-        rows, columns = kernel.shape
-        assert bias.ctypes.data == kernel.ctypes.data + kernel.nbytes
-        part: Array = flat.reshape(-1)[start : start + (rows + 1) * columns]
-        return part.reshape(rows + 1, columns)
+        both = joined_arrays(kernel, bias)
+        assert both is not None
+        return both
 
     def turned(self, place: Place) -> Place:
         """Return the transpose of a matrix's place."""
@@ -445,23 +432,24 @@ class Lowering:
             self.line("{} = {}.T", transpose, place)
             return transpose
         if place.kind == "static":
-            return Place("static", place.shape[::-1], place.dtype, array=place.bind().T)
+            return static(place.bind().T)
         return self.view(place, place.shape[::-1], np.transpose)
 
-    def line(self, text: str, *operands: Any) -> None:
+    def line(self, text: str, *operands: Any, elementwise: bool = False) -> Line:
         """Add a line; the operands take the place of its braces."""
-        self.lines.append(Line(text, operands))
+        line = Line(text, operands, elementwise)
+        self._lines.append(line)
+        return line
 
-    def call(self, function: str, *operands: Any) -> None:
+    def call(self, function: str, *operands: Any) -> Line:
         """Add a call of one of NumPy's functions, by the name that the replay knows."""
         if function == "dot":  # the method: the function asks for overrides first, 0.12 us
-            self.line("{}.dot({}, {})", *operands)
-            return
+            return self.line("{}.dot({}, {})", *operands)
         braces = ["{}"] * len(operands)
         if function in ("maximum", "minimum"):  # they take out by its name alone
             braces[-1] = "out={}"
-        ufunc = None if function in ("matmul", "check_labels") else function
-        self.lines.append(Line(f"{function}({', '.join(braces)})", operands, ufunc))
+        text = f"{function}({', '.join(braces)})"
+        return self.line(text, *operands, elementwise=function != "matmul")
 
     def bound(
         self, function: Callable[..., Any], *operands: Any, result: Place | None = None
@@ -478,8 +466,8 @@ class Lowering:
         places = [self.of(x) for x in step.inputs]
         primitive = step.primitive
         if isinstance(primitive, Update):
-            targets = [Place("static", v.shape, v.dtype, array=v._array) for v in step.writes]
-            self.bound(_meaning(step), *targets, *places)
+            targets = [static(v._array) for v in step.writes]
+            self.bound(meaning_of(step), *targets, *places)
             return
         held = tuple(p.root for p in places if isinstance(p, Place))
         results = []
@@ -487,12 +475,12 @@ class Lowering:
             place = self.local(y.shape, y.dtype)
             place.holds = held
             results.append(place)
-        if len(results) == 1 and not _answers_tuple(step):
-            self.bound(_meaning(step), *places, result=results[0])
+        if not isinstance(primitive, MultiPrimitive):
+            self.bound(meaning_of(step), *places, result=results[0])
         else:
             names = ", ".join(["{}"] * len(results)) + ("," if len(results) == 1 else "")
             braces = ", ".join(["{}"] * len(places))
-            self.line(f"{names} = {{}}({braces})", *results, _meaning(step), *places)
+            self.line(f"{names} = {{}}({braces})", *results, meaning_of(step), *places)
         for y, place in zip(step.outputs, results, strict=True):
             self.set(y, place)
             for root in held:
@@ -522,11 +510,7 @@ class _Stack:
         return self.array[rows.start : rows.stop + 1]
 
 
-def _answers_tuple(step: Step) -> bool:
-    return isinstance(step.primitive, MultiPrimitive)
-
-
-def _meaning(step: Step) -> Callable[..., Any]:
+def meaning_of(step: Step) -> Callable[..., Any]:
     """Return what computes a step's results, its settings given, of arrays."""
 
     def call(*arrays: Any) -> Any:

@@ -21,7 +21,6 @@ def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
     """
     first: dict[Place, int] = {}
     last: dict[Place, int] = {}
-
     for position, line in enumerate(lines):
         for operand in line.operands:
             if isinstance(operand, Place):
@@ -31,10 +30,10 @@ def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
     placed: list[Place] = []
     total = 0
     for place in sorted(first, key=lambda p: (-p.nbytes, first[p])):
-        size = -(-max(place.nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        size = _room_for(place)
         offset = 0
         busy = sorted(
-            (other.offset, other.offset + -(-max(other.nbytes, 1) // ALIGNMENT) * ALIGNMENT)
+            (other.offset, other.offset + _room_for(other))
             for other in placed
             if first[other] <= last[place] and first[place] <= last[other]
         )
@@ -46,6 +45,10 @@ def place_in_arena(lines: list[Line], kept: Iterable[Place]) -> int:
         placed.append(place)
         total = max(total, offset + size)
     return total
+
+
+def _room_for(place: Place) -> int:
+    return -(-max(place.nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
 
 def _note(place: Place, position: int, first: dict[Place, int], last: dict[Place, int]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, makers_of, replaced, users_of
 from tapegrad._function.recording import Recording
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
 from tapegrad._recording import is_recording, state
@@ -130,15 +130,11 @@ class _Template(Program):
         super().__init__(program.inputs, program.steps, program.outputs, None)
         without_repeated_steps(self)
         without_dead_steps(self)
-        self.made_by = _makers(self)
+        self.made_by = makers_of(self.steps)
 
     def takes(self, dtype: np.dtype[Any]) -> bool:
         """Tell whether a floating type may stand where float32 stood."""
         return is_floating(dtype) and (self._types is None or dtype.char in self._types)
-
-
-def _makers(program: Program) -> dict[Value, Step]:
-    return {y: step for step in program.steps for y in step.outputs}
 
 
 class _Found:
@@ -272,14 +268,12 @@ class _Search:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._made_by = _makers(program)
+        self._made_by = makers_of(program.steps)
         self._position = {step: i for i, step in enumerate(program.steps)}
         self._by_primitive: dict[Any, list[Step]] = {}
-        self._users: dict[Value, list[Step]] = {}
         for step in program.steps:
             self._by_primitive.setdefault(step.primitive, []).append(step)
-            for x in step.values():
-                self._users.setdefault(x, []).append(step)
+        self._users = users_of(program.steps)
         self._outputs = set(program.output_values())
         self._instead: dict[Value, Value] = {}
         self._new: dict[int, list[Step]] = {}  # by the position before which they come
@@ -373,9 +367,9 @@ class _Search:
             steps += self._new.get(i, ())
             steps.append(step)
         for step in steps:
-            step.inputs = tuple(instead.get(x, x) if type(x) is Value else x for x in step.inputs)
+            step.inputs = tuple(replaced(step.inputs, instead))
         program.steps = steps
-        program.outputs = [instead.get(x, x) if type(x) is Value else x for x in program.outputs]
+        program.outputs = list(replaced(program.outputs, instead))
 
 
 def _made(
@@ -387,7 +381,7 @@ def _made(
         return
     for x in step.values():
         yield from _made(template, x, found, made, like)
-    inputs = [made.get(x, x) if type(x) is Value else x for x in step.inputs]
+    inputs = list(replaced(step.inputs, made))
     params = {name: found.known(x) for name, x in step.params.items()}
     if all(type(x) is not Value or x.kind == "constant" for x in inputs):
         arrays = [x.source._array if type(x) is Value else x for x in inputs]
@@ -395,7 +389,7 @@ def _made(
         return
     outputs = [Value("result", found.known(y.shape), found.known(y.dtype)) for y in step.outputs]
     made.update(zip(step.outputs, outputs, strict=True))
-    yield Step(step.primitive, inputs, outputs, params, like.where, order=like.order)
+    yield like.instead(step.primitive, inputs, outputs, params)
 
 
 def _rewrite(patterns: Sequence[Pattern], *needs: str, bound: str = "") -> Rewrite:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from tapegrad._storage import Buffer
+from tapegrad._backend import Array
 from tapegrad.primitive import Primitive, Update
 from tapegrad.tensor import Tensor
 from tapegrad.variable import Variable
@@ -40,10 +41,17 @@ class Value:
         """The number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the elements."""
-        return self.size * self.dtype.itemsize
+    def number(self) -> Array | None:
+        """Return, as an array without axes, the number that a constant holds everywhere, if any.
+
+        Compared are bits: 0.0 equals -0.0, and what is divided by them differs.
+        """
+        if self.kind != "constant" or not self.size:
+            return None
+        array = self.source._array
+        bits = _on_host(self.source).tobytes()
+        same = bits == bits[: self.dtype.itemsize] * self.size
+        return array.reshape(-1)[:1].reshape(()) if same else None
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.dtype}{list(self.shape)}>"
@@ -87,8 +95,38 @@ class Step:
         """Yield the inputs that are Values."""
         return (x for x in self.inputs if type(x) is Value)
 
+    def instead(
+        self,
+        primitive: Primitive | Update,
+        inputs: Sequence[Any],
+        outputs: Sequence[Value] = (),
+        params: dict[str, Any] | None = None,
+        writes: Sequence[Variable] = (),
+    ) -> Step:
+        """Return another call for the place of this one."""
+        return Step(primitive, inputs, outputs, params or {}, self.where, writes, self.order)
+
     def __repr__(self) -> str:
         return f"<Step {self.name} at {self.where}>"
+
+
+def makers_of(steps: Sequence[Step]) -> dict[Value, Step]:
+    """Return which step makes a value."""
+    return {y: step for step in steps for y in step.outputs}
+
+
+def users_of(steps: Sequence[Step]) -> dict[Value, list[Step]]:
+    """Return which steps take a value, one that takes it twice two times."""
+    found: dict[Value, list[Step]] = {}
+    for step in steps:
+        for x in step.values():
+            found.setdefault(x, []).append(step)
+    return found
+
+
+def replaced(operands: Iterable[Any], instead: Mapping[Value, Value]) -> Iterator[Any]:
+    """Yield what a step takes, or a program gives, with other Values in the places of some."""
+    return (instead.get(x, x) if type(x) is Value else x for x in operands)
 
 
 class Program:
@@ -124,13 +162,11 @@ class Program:
         """Yield the outputs that are Values."""
         return (x for x in self.outputs if type(x) is Value)
 
-    def written(self) -> list[Buffer]:
-        """Return the memory that the updates write, each Buffer once."""
-        found: dict[int, Buffer] = {}
-        for step in self.steps:
-            for variable in step.writes:
-                found[id(variable._buffer)] = variable._buffer
-        return list(found.values())
+    def uses(self) -> Counter[Value]:
+        """Return how often a value is used, by steps and as an output."""
+        found = Counter(x for step in self.steps for x in step.values())
+        found.update(self.output_values())
+        return found
 
 
 class Difference:
@@ -146,76 +182,79 @@ class Difference:
 
 
 def difference(first: Program, second: Program) -> Difference | None:
-    """Return the first difference between two recorded calls, or None if there is none."""
+    """Return the first difference between two recorded calls, or None if there is none.
+
+    One of constants only where there is no other.
+    """
+    of_constants: Difference | None = None
+    for found in _differences(first, second):
+        if not found.of_constants:
+            return found
+        of_constants = of_constants or found
+    return of_constants
+
+
+def _differences(first: Program, second: Program) -> Iterator[Difference]:
+    """Yield the differences, up to the first that is not of constants."""
     if len(first.steps) != len(second.steps):
-        return Difference(
+        yield Difference(
             False, f"one call ran {len(first.steps)} operations, the next {len(second.steps)}"
         )
-    number: dict[Value, int] = {}
-    other_number: dict[Value, int] = {}
-    for i, (mine, theirs) in enumerate(zip(first.inputs, second.inputs, strict=True)):
-        number[mine] = other_number[theirs] = i
-    constants: Difference | None = None
-
-    def compare(a: Any, b: Any, where: str) -> Difference | None:
-        """Compare two inputs of one step; constants that differ are noted and passed over."""
-        nonlocal constants
-        if type(a) is not Value or type(b) is not Value:
-            if type(a) is type(b) and repr(a) == repr(b):  # 0.0 equals -0.0, and NaN not itself
-                return None
-            if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-                constants = constants or Difference(True, f"a number at {where} was {a}, then {b}")
-                return None
-            return Difference(False, f"an argument at {where} was {a!r}, then {b!r}")
-        if a.kind != b.kind or a.shape != b.shape or a.dtype != b.dtype:
-            return Difference(False, f"an input at {where} was {a!r}, then {b!r}")
-        if a.kind == "constant":
-            if not _equal(a.source, b.source):
-                constants = constants or Difference(
-                    True, f"a constant used at {where} was {_brief(a)}, then {_brief(b)}"
-                )
-            return None
-        if a.kind == "read":
-            if a.source is not b.source:
-                return Difference(False, f"another variable was read at {where}")
-            if a.since != b.since:
-                return Difference(False, f"a variable was read at another time, at {where}")
-            return None
-        if number.get(a) != other_number.get(b):
-            return Difference(False, f"an operation at {where} took another result")
-        return None
-
+    known = dict(zip(second.inputs, first.inputs, strict=True))
     for a, b in zip(first.steps, second.steps, strict=True):
         if a.primitive is not b.primitive or len(a.inputs) != len(b.inputs):
-            return Difference(False, f"{a.name} ran at {a.where}, then {b.name} at {b.where}")
+            yield Difference(False, f"{a.name} ran at {a.where}, then {b.name} at {b.where}")
         for x, y in zip(a.inputs, b.inputs, strict=True):
-            found = compare(x, y, b.where)
-            if found is not None:
-                return found
+            yield from _differences_of_inputs(x, y, b.where, known)
         if not _same_params(a.params, b.params):
-            constants = constants or Difference(
+            yield Difference(
                 True, f"{b.name} at {b.where} had the settings {a.params}, then {b.params}"
             )
         if [id(v) for v in a.writes] != [id(v) for v in b.writes]:
-            return Difference(False, f"{b.name} at {b.where} wrote other variables")
+            yield Difference(False, f"{b.name} at {b.where} wrote other variables")
         for y, z in zip(a.outputs, b.outputs, strict=True):
             if y.shape != z.shape or y.dtype != z.dtype:
-                return Difference(False, f"{b.name} at {b.where} gave {y!r}, then {z!r}")
-            number[y] = other_number[z] = len(number)
+                yield Difference(False, f"{b.name} at {b.where} gave {y!r}, then {z!r}")
+            known[z] = y
     if len(first.outputs) != len(second.outputs):
-        return Difference(False, "the results had another structure")
+        yield Difference(False, "the results had another structure")
     for leaf, other in zip(first.outputs, second.outputs, strict=True):
         if type(leaf) is Value and type(other) is Value:
-            found = compare(leaf, other, "the return")
-            if found is not None:
-                return found
+            yield from _differences_of_inputs(leaf, other, "the return", known)
         elif leaf is other:
             continue
         elif isinstance(other, np.ndarray):
-            return Difference(True, "the function returned another NumPy array: return tensors")
+            yield Difference(True, "the function returned another NumPy array: return tensors")
         elif type(leaf) is not type(other) or leaf != other:
-            return Difference(True, f"the function returned {leaf!r}, then {other!r}")
-    return constants
+            yield Difference(True, f"the function returned {leaf!r}, then {other!r}")
+
+
+def _differences_of_inputs(
+    a: Any, b: Any, where: str, known: dict[Value, Value]
+) -> Iterator[Difference]:
+    """Yield how two inputs of one step differ, if they do.
+
+    known  which values of the first call those of the second are.
+    """
+    if type(a) is not Value or type(b) is not Value:
+        if type(a) is type(b) and repr(a) == repr(b):  # 0.0 equals -0.0, and NaN not itself
+            return
+        if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            yield Difference(True, f"a number at {where} was {a}, then {b}")
+        else:
+            yield Difference(False, f"an argument at {where} was {a!r}, then {b!r}")
+    elif a.kind != b.kind or a.shape != b.shape or a.dtype != b.dtype:
+        yield Difference(False, f"an input at {where} was {a!r}, then {b!r}")
+    elif a.kind == "constant":
+        if not _equal(a.source, b.source):
+            yield Difference(True, f"a constant used at {where} was {_brief(a)}, then {_brief(b)}")
+    elif a.kind == "read":
+        if a.source is not b.source:
+            yield Difference(False, f"another variable was read at {where}")
+        elif a.since != b.since:
+            yield Difference(False, f"a variable was read at another time, at {where}")
+    elif known[b] is not a:
+        yield Difference(False, f"an operation at {where} took another result")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

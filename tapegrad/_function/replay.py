@@ -14,7 +14,9 @@ import numpy as np
 from tapegrad import _storage
 from tapegrad._backend import Array
 from tapegrad._function import (
-    numpy_calls,  # noqa: F401  fills the table of lowerings
+    elementwise_calls,  # noqa: F401  fills the table of lowerings
+    matrix_calls,  # noqa: F401  likewise
+    shape_calls,  # noqa: F401  likewise
     simplify,
     softmax_calls,  # noqa: F401  likewise
     update_calls,  # noqa: F401  likewise
@@ -27,34 +29,12 @@ from tapegrad._function.memory import allocate, place_in_arena
 from tapegrad._function.own_calls import OWN_CALLS
 from tapegrad._function.program import Program, Value
 from tapegrad._function.rewrites import writes_last
-from tapegrad._storage import Buffer, lies_in_buffer
+from tapegrad._storage import lies_in_buffer
 from tapegrad._structure import is_container, unflatten
-from tapegrad.ops.elementwise import holds_nan
 from tapegrad.tensor import Tensor, next_id
 from tapegrad.variable import Variable
 
 _new = object.__new__
-
-
-# ---- what the text calls beside NumPy's own functions
-
-
-def _one_less(p: Array, index: Array, spare: Array) -> None:
-    flat = p.reshape(-1)
-    flat.take(index, None, spare, "clip")
-    spare -= 1
-    flat.put(index, spare)
-
-
-def _wrong_labels(labels: Array, classes: int) -> None:
-    wrong = labels[(labels < 0) | (labels >= classes)][0]
-    raise ValueError(f"[label_cross_entropy] labels must be from 0 to {classes - 1}, got {wrong}")
-
-
-def _check_labels(labels: Array, classes: int) -> None:
-    # As unsigned numbers the negative ones are larger than any other.
-    if np.maximum.reduce(labels.view(np.uint64)) >= classes:
-        _wrong_labels(labels, classes)
 
 
 def _tensor(array: Array) -> Tensor:
@@ -64,21 +44,15 @@ def _tensor(array: Array) -> Tensor:
     return out
 
 
+# What every program's text may name.
 _NAMES: dict[str, Any] = {
     **{name: value for name, value in vars(np).items() if isinstance(value, np.ufunc)},
     **{f"{name}_reduce": getattr(np, name).reduce for name in ("add", "maximum", "minimum")},
-    "matmul": np.matmul,
-    "copyto": np.copyto,
     "np": np,
-    "empty": np.empty,
     "nan": np.nan,
     "broadcast_to": np.broadcast_to,
     "uint32": np.uint32,
     "uint64": np.uint64,
-    "wrong_labels": _wrong_labels,
-    "holds_nan": holds_nan,
-    "one_less": _one_less,
-    "check_labels": _check_labels,
     **OWN_CALLS,
 }
 
@@ -86,9 +60,10 @@ _NAMES: dict[str, Any] = {
 class Writes:
     """What surrounds the lines that change state: all of them run, or the Variables say so."""
 
-    def __init__(self, buffers: Sequence[Buffer], variables: Sequence[Variable], name: str) -> None:
-        self._buffers = list(buffers)
-        self._variables = list(variables)
+    def __init__(self, program: Program, name: str) -> None:
+        variables = {id(v): v for step in program.steps for v in step.writes}
+        self._variables = list(variables.values())
+        self._buffers = list({id(v._buffer): v._buffer for v in self._variables}.values())
         self._name = name
         self._interrupts: list[tuple[Any, ...]] = []
         self._hold = _noting_in(self._interrupts)
@@ -147,7 +122,6 @@ class Replay:
         self._leased = leased
         self._leases: list[Lease] = []
         self._lock = lock
-        simplify.simplify(program)
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
         self._writes = self._first_write < len(program.steps)
@@ -157,14 +131,19 @@ class Replay:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Lower the program to where its Variables lie now."""
+        """Make the program ready for where its Variables lie now."""
         placements = _storage.placements
         memory_of = [(v, v._array) for v in self.variables()]
+        for _, array in memory_of:
+            _ = array.shape  # raises where a failed call has lost the Variable's values
+        self._plan()
+        self._placements, self._memory_of = placements, memory_of
+
+    def _plan(self) -> None:
         self._careful: Callable[..., Any] | None = None
         self._met = 0  # how often the quick way was given up
         layout = Layout(self._program if "layout" in simplify.ENABLED else None, self._first_write)
         self.text, self.arena, self._call = self._lower(layout)
-        self._placements, self._memory_of = placements, memory_of
 
     def _lower(self, layout: Layout) -> tuple[str, int, Callable[..., Any]]:
         program = self._program
@@ -175,17 +154,13 @@ class Replay:
         in_blocks(lowered)
         if lowered.speculates:
             _look_for_nan(lowered, _Carefully(self))
-        arena = place_in_arena(lowered.lines, kept)
-        memory = allocate([*lowered.lines, Line("", kept)], arena)
-        writes = Writes(
-            program.written(),
-            list({id(v): v for step in program.steps for v in step.writes}.values()),
-            self._name,
-        )
+        lines = [*lowered.early, *lowered.late]
+        arena = place_in_arena(lines, kept)
+        memory = allocate([*lines, Line("", kept)], arena)
         text = _Text(len(program.inputs))
-        source = text.function(
-            lowered, results, writes, structure=() if self._finish else program.structure
-        )
+        structure = () if self._finish else program.structure
+        writes = Writes(program, self._name)
+        source = text.function(lowered, results, writes, structure=structure)
         tensor: Callable[[Array], Tensor] = _tensor
         if self._leased:
             tensor = Lease(memory, self._name)
@@ -319,10 +294,7 @@ def _look_for_nan(lowered: Lowering, careful: Callable[..., Any]) -> None:
     """Send the call the careful way, before anything is written, where a checked value is NaN."""
     names = [place.name for x in lowered.layout.checked if (place := lowered.of(x)).kind == "local"]
     test = " or ".join(f"{name} != {name}" for name in names)
-    at = lowered.writes_from if lowered.writes_from >= 0 else len(lowered.lines)
-    lowered.lines.insert(at, Line(f"if {test}: return {{}}(arrays)", (careful,)))
-    if lowered.writes_from >= 0:
-        lowered.writes_from += 1
+    lowered.early.append(Line(f"if {test}: return {{}}(arrays)", (careful,)))
 
 
 def _given(x: Any) -> Tensor:
@@ -363,9 +335,6 @@ class _Text:
         *,
         structure: Any,
     ) -> str:
-        at = lowered.writes_from
-        before = lowered.lines if at < 0 else lowered.lines[:at]
-        after = [] if at < 0 else lowered.lines[at:]
         leaves = [
             self._line(Line(text, (place,) if "{}" in text else ())) for text, place in results
         ]
@@ -378,13 +347,13 @@ class _Text:
         # One argument: spreading a list over several takes 0.08 us more than unpacking it.
         names = "".join(f"x{i}, " for i in range(self._inputs))
         unpack = [f"    {names[: -1 if self._inputs == 1 else -2]} = arrays"] if names else []
-        lines = self._lines(before, "    ")
-        if at >= 0:
+        lines = self._lines(lowered.early, "    ")
+        if lowered.late:
             begin, end, failed = (
                 self._name(f, "w") for f in (writes.begin, writes.end, writes.failed)
             )
             lines += [f"    {begin}()", "    try:"]
-            lines += self._lines(after, "        ") or ["        pass"]
+            lines += self._lines(lowered.late, "        ")
             lines += ["    except BaseException as error:", f"        {failed}(error)"]
             lines += ["        raise", "    finally:", f"        {end}()"]
         lines.append(f"    {answer}")

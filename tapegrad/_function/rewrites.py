@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tapegrad._backend import byte_bounds
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, replaced
 from tapegrad.primitive import Update
 from tapegrad.variable import Variable
 
@@ -42,7 +42,7 @@ def without_repeated_steps(program: Program) -> None:
     instead: dict[Value, Value] = {}
     kept = []
     for step in program.steps:
-        step.inputs = tuple(instead.get(x, x) if type(x) is Value else x for x in step.inputs)
+        step.inputs = tuple(replaced(step.inputs, instead))
         key = _key(step)
         earlier = None if key is None else seen.setdefault(key, step)
         if earlier is None or earlier is step:
@@ -50,7 +50,7 @@ def without_repeated_steps(program: Program) -> None:
         else:
             instead.update(zip(step.outputs, earlier.outputs, strict=True))
     program.steps = kept
-    program.outputs = [instead.get(x, x) if type(x) is Value else x for x in program.outputs]
+    program.outputs = list(replaced(program.outputs, instead))
 
 
 def _key(step: Step) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, users_of
 from tapegrad._function.rewrites import ends
 
 # The primitives that are a matrix product in the main: only these are worth a branch.
@@ -138,10 +138,7 @@ class Schedule:
 
 def _on_second_branch(steps: Sequence[Step]) -> set[Step]:
     """Return the products that no other product waits for, and that have one to run beside."""
-    users: dict[Value, list[Step]] = {}
-    for step in steps:
-        for x in step.values():
-            users.setdefault(x, []).append(step)
+    users = users_of(steps)
     leads: set[Step] = set()  # to a product
     found: set[Step] = set()
     beside = False  # whether the main branch has a product after this step

@@ -48,10 +48,7 @@ class _Writer:
 
     def add(self, name: str, inputs: Sequence[Any], *outputs: Value, **params: Any) -> None:
         """Add a step."""
-        step = self.step
-        self._found.append(
-            Step(primitives[name], inputs, outputs, params, step.where, order=step.order)
-        )
+        self._found.append(self.step.instead(primitives[name], inputs, outputs, params))
 
     def filled(self, value: float, *shape: int) -> Value:
         """Return a constant of the step's type."""

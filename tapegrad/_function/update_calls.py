@@ -1,4 +1,4 @@
-"""How an optimiser's update becomes calls of NumPy: its numbers first, then its rule on blocks."""
+"""How writes to Variables become calls of NumPy: an optimiser's numbers first, then its rule."""
 
 from __future__ import annotations
 
@@ -11,12 +11,52 @@ import numpy as np
 from tapegrad._backend import Array, byte_bounds
 from tapegrad._blocks import BLOCK
 from tapegrad._flat_update import FlatUpdate, computed_in, spares
-from tapegrad._function.lowering import Lowering, Place, lowers, static
-from tapegrad._function.program import Step
+from tapegrad._function.lowering import Lowering, Place, lowers, static, static_number
+from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned, following, spanning
 
+# The ufunc; on NumPy scalars the operator takes a tenth of what it takes.
+_ASSIGNS = {"assign_add": ("add", "+"), "assign_sub": ("subtract", "-")}
 
-@lowers("flat_update")
+
+@lowers("assign", "assign_add", "assign_sub")
+def _assign(b: Lowering, step: Step) -> bool:
+    if step.params.get("index", ...) is not ...:
+        return False
+    (variable,) = step.writes
+    target = static(variable._array)
+    value = b.of(step.inputs[0])
+    if step.name == "assign":
+        b.line("{}[...] = {}", target, value)
+    else:
+        ufunc, operator = _ASSIGNS[step.name]
+        if type(step.inputs[0]) is not Value and variable.dtype.kind in "fiu":
+            value = static_number(value, variable.dtype)
+        same = getattr(value, "dtype", None) == variable.dtype
+        if same and not variable.shape and not value.shape:
+            if value.kind == "static":
+                value = value.array[()]
+            b.line(f"{{}}[()] = {{}}[()] {operator} {{}}", target, target, value)
+            return True
+        casting = "" if same else ", casting='same_kind'"
+        b.line(f"{ufunc}({{}}, {{}}, {{}}{casting})", target, value, target)
+    return True
+
+
+@lowers("gather_gradients")
+def _gather(b: Lowering, step: Step) -> bool:
+    flat = step.writes[0]._array
+    for x, start in zip(step.inputs, step.params["places"], strict=True):
+        place = b.of(x)
+        part = flat[start : start + x.size].reshape(x.shape)
+        there = b.destinations.get(x)
+        if there is not None and place is there and there.array.ctypes.data == part.ctypes.data:
+            continue  # it was computed there
+        b.line("{}[...] = {}", static(part), place)
+    return True
+
+
+@lowers(FlatUpdate)
 def _flat_update(b: Lowering, step: Step) -> bool:
     update = step.primitive
     assert isinstance(update, FlatUpdate)
@@ -24,7 +64,7 @@ def _flat_update(b: Lowering, step: Step) -> bool:
     if len(settings) > update.settings:  # the gradient has a factor
         return False
     dtype = step.writes[0].dtype
-    places = [*(Place("static", v.shape, dtype, array=v._array) for v in step.writes), b.of(g)]
+    places = [*(static(v._array) for v in step.writes), b.of(g)]
     if places[-1].kind != "static":
         return False
     arrays = [place.bind() for place in places]

@@ -8,7 +8,6 @@ no decay, no caller), where timing on the device says that it pays.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
 from tapegrad._function.gradients import gathering_for
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, makers_of
 from tapegrad._function.rewrites import Rewrite
 from tapegrad.kernels import gemm_update as kernels
 from tapegrad.primitive import Primitive, Update
@@ -42,10 +41,7 @@ def _update_in_products(program: Program) -> None:
     """Let products update the weights whose gradients they are."""
     if program.on_host:
         return
-    uses: Counter[Value] = Counter(program.output_values())
-    for step in program.steps:
-        uses.update(step.values())
-    made_by = {y: step for step in program.steps for y in step.outputs}
+    uses, made_by = program.uses(), makers_of(program.steps)
     instead: dict[Step, list[Step]] = {}
     for update in program.steps:
         if update.name not in _RULES or update.params.get("nesterov"):
@@ -101,22 +97,22 @@ def _rewritten(gather: Step, update: Step, products: dict[int, Step]) -> dict[St
             places = tuple([gather.params["places"][i] - start for i in members])
             flat = _part(gather.writes[0], start, end)
             inputs = [gather.inputs[i] for i in members]
-            gathers.append(_like(gather, gather.primitive, inputs, [flat], places=places))
+            params = {"places": places}
+            gathers.append(gather.instead(gather.primitive, inputs, (), params, [flat]))
             read = Value("read", flat.shape, flat.dtype, flat, gradients.since)
-            updates.append(
-                _like(update, update.primitive, (read, rate, *rest), parts, **update.params)
-            )
+            inputs = [read, rate, *rest]
+            updates.append(update.instead(update.primitive, inputs, (), update.params, parts))
             continue
         for i in members:
             place, shape = gather.params["places"][i], gather.inputs[i].shape
             weight = _part(target, place, place + gather.inputs[i].size, shape)
             inputs = [*products[i].inputs, alpha, beta]
-            updates.append(_like(update, add_product, inputs, [weight]))
+            updates.append(update.instead(add_product, inputs, writes=[weight]))
         if rest:  # p += v, of all weights of the stretch
             velocity = parts[-1]
             since = update.order + 1
             read = Value("read", velocity.shape, velocity.dtype, velocity, since)
-            updates.append(_like(update, assign_add, (read,), parts[:1]))
+            updates.append(update.instead(assign_add, (read,), writes=parts[:1]))
     return {
         **{product: [] for product in products.values()},
         gather: [*scales, *gathers],
@@ -126,19 +122,7 @@ def _rewritten(gather: Step, update: Step, products: dict[int, Step]) -> dict[St
 
 def _scale(update: Step, number: Value, by: float, dtype: np.dtype[Any]) -> Step:
     made = Value("result", (), dtype)
-    params = {"by": by, "dtype": dtype}
-    return Step(_scale_of, (number,), (made,), params, update.where, order=update.order)
-
-
-def _like(
-    step: Step,
-    primitive: Primitive | Update,
-    inputs: Sequence[Value],
-    writes: Sequence[Variable],
-    **params: object,
-) -> Step:
-    """Return a step that writes in the place of another."""
-    return Step(primitive, inputs, (), params, step.where, writes, step.order)
+    return update.instead(_scale_of, (number,), (made,), {"by": by, "dtype": dtype})
 
 
 def _stretches(gather: Step, products: dict[int, Step]) -> list[list[int]]:

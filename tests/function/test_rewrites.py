@@ -52,6 +52,8 @@ def test_numbers_that_are_equal_and_not_the_same_are_kept_apart():
         text_of(lambda x: (tg.pad(x, 1, value=0.0), 1.0 / tg.pad(x, 1, value=-0.0)), X)
         text_of(lambda x: (x + 1, x + 1.0, x * True), X)
         text_of(lambda x: (tg.sum(x, axis=0), tg.sum(x[None], axis=1)), X)
+        zeros = tg.constant([0.0, -0.0, 0.0])
+        text_of(lambda x: (x / zeros, x * zeros, zeros - x * 0.0), X)
 
 
 def test_reads_of_two_versions_are_kept_apart():
