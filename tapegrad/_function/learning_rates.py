@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tapegrad._function.gradients import gathering_for
-from tapegrad._function.program import Program, Step, Value
+from tapegrad._function.program import Program, Step, Value, replaced
 from tapegrad._function.rewrites import Rewrite, overlap
 from tapegrad.linear import cast
 from tapegrad.ops.elementwise import _multiply
@@ -93,10 +93,10 @@ def _multiply_after(program: Program, step: Step, x: Value, rate: Value) -> None
     at = program.steps.index(step) + 1
     narrow, scaled = Value("result", (), x.dtype), Value("result", x.shape, x.dtype)
     for later in program.steps[at:]:
-        later.inputs = tuple(scaled if y is x else y for y in later.inputs)
+        later.inputs = tuple(replaced(later.inputs, {x: scaled}))
     program.steps[at:at] = [
-        Step(cast, (rate,), (narrow,), {"dtype": x.dtype}, step.where, order=step.order),
-        Step(_multiply, (x, narrow), (scaled,), {}, step.where, order=step.order),
+        step.instead(cast, (rate,), (narrow,), {"dtype": x.dtype}),
+        step.instead(_multiply, (x, narrow), (scaled,)),
     ]
 
 
