@@ -162,12 +162,20 @@ def _elementwise(call: _Call, xs: list[Any], _rows: int) -> _Results:
 
 
 def _product(call: _Call, xs: list[Any], rows: int) -> _Results:
-    x1, x2 = xs
-    if call.varies == (True, False) and x2.ndim == 2 and call.primitive.name != "matmul_tn":
-        # One product of a tall matrix takes a fraction of the time of one for each row.
+    """Make one product of all rows, where one factor has them and the other is a matrix.
+
+    It takes a fraction of the time of a product for each row.
+    """
+    (x1, x2), name, shape = xs, call.primitive.name, call.outputs[0].shape
+    if call.varies == (True, False) and x2.ndim == 2 and name != "matmul_tn":
         tall = call.primitive(reshape(x1, shape=(-1, x1.shape[-1])), x2)
-        return (reshape(tall, shape=(rows, *call.outputs[0].shape)),)
-    return _elementwise(call, xs, rows)
+    elif call.varies == (False, True) and x1.ndim == 2 and x2.ndim == 3 and shape[1] == 1:
+        # Matrix times vector: the vectors are rows of a matrix, the other factor is transposed.
+        turned = primitives["matmul" if name == "matmul_tn" else "matmul_nt"]
+        tall = turned(reshape(x2, shape=(rows, x2.size // rows)), x1)
+    else:
+        return _elementwise(call, xs, rows)
+    return (reshape(tall, shape=(rows, *shape)),)
 
 
 def _reshape(call: _Call, xs: list[Any], rows: int) -> _Results:

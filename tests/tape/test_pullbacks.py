@@ -161,6 +161,18 @@ def test_batches(network: str) -> None:
 
 # ---- any function of a seed
 
+
+def products(g: Any, name: str, m: int, k: int, n: int, first: bool) -> Any:
+    """Return a product of matrices of which one is made of a seed of 24 elements."""
+    left = (k, m) if name == "matmul_tn" else (m, k)
+    right = (n, k) if name == "matmul_nt" else (k, n)
+    mine, other = (left, right) if first else (right, left)
+    part = tg.reshape(g, (-1,))[: mine[0] * mine[1]]
+    x, y = tg.reshape(part, mine), tg.constant(np.sin(np.arange(other[0] * other[1])))
+    y = tg.reshape(y, other)
+    return _pullback.primitives[name](*((x, y) if first else (y, x)))
+
+
 CUBE, PLACES = np.cos(np.arange(24.0)).reshape(2, 3, 4), np.array([1, 0, 1])
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "itself": lambda g: g,
@@ -173,6 +185,14 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "a new axis": lambda g: g[..., None, 1:3],
     "rows": lambda g: tg.stack([g[1], g[0], tg.constant(CUBE[0])]),
     "a mean": lambda g: g - tg.mean(g, axis=(0, 2), keepdims=True),
+    **{
+        f"{name} of {m} x {k} and {k} x {n}, {'first' if first else 'second'}": (
+            lambda g, name=name, m=m, k=k, n=n, first=first: products(g, name, m, k, n, first)
+        )
+        for name in ("matmul", "matmul_nt", "matmul_tn")
+        for m, k, n in ((4, 6, 1), (1, 6, 4), (4, 3, 2), (1, 24, 1))
+        for first in (True, False)
+    },
     "another type": lambda g: tg.astype(g, "f4"),
 }
 
