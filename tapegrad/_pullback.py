@@ -9,7 +9,7 @@ primitive that is a rule of its own; one that has none here is called row by row
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tapegrad._index import FULL, SLOT
@@ -20,14 +20,30 @@ from tapegrad.primitive import Primitive, primitives
 from tapegrad.tensor import Tensor
 
 
+class _Varying(NamedTuple):
+    """Stands for a value that depends on the upstream gradient, of which it keeps no memory."""
+
+    id: int
+    shape: tuple[int, ...]
+
+
 class _Call(NamedTuple):
-    """One call of a primitive; `varies` says which inputs depend on the upstream gradient."""
+    """One call of a primitive, on tensors that last, numbers, and what varies."""
 
     primitive: Primitive
     inputs: tuple[Any, ...]
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Any, ...]
     params: dict[str, Any]
-    varies: tuple[bool, ...]
+
+    @property
+    def varies(self) -> tuple[bool, ...]:
+        """Of each input whether it does."""
+        return tuple([type(x) is _Varying for x in self.inputs])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first result, for one row."""
+        return tuple(self.outputs[0].shape)
 
 
 class Pullback:
@@ -45,18 +61,26 @@ class Pullback:
         self, seed: Tensor, pull_back: Callable[[Tensor], Sequence[Tensor | None]]
     ) -> None:
         self.widest = max(1, seed.nbytes)
-        self._seed = seed
-        self._varying = {seed.id}
+        self._seed = _Varying(seed.id, seed.shape)
+        self._varying = {seed.id: self._seed}
         self._calls: list[_Call] = []
         self._fixed: dict[int, Tensor] = {}  # by id: what the seed is not in
         outer, state.recorders = state.recorders, [self]
         try:
-            self._answers = pull_back(seed)
+            answers = pull_back(seed)
         finally:
             state.recorders = outer
-        self._last_use = {
-            x.id: i for i, call in enumerate(self._calls) for x in call.inputs if type(x) is Tensor
+        self._answers = [None if g is None else self._seen(g) for g in answers]
+        # The call that is the last to use a value; answers outlast them all.
+        self._ends = {
+            x: i
+            for i, values in enumerate([*(call.inputs for call in self._calls), self._answers])
+            for x in values
+            if type(x) is _Varying
         }
+
+    def _seen(self, x: Any) -> Any:
+        return self._varying.get(x.id, x) if type(x) is Tensor else x
 
     def record(
         self,
@@ -67,11 +91,12 @@ class Pullback:
         node: Any,
     ) -> Any:
         """Write down one call."""
-        varies = tuple([type(x) is Tensor and x.id in self._varying for x in inputs])
-        if any(varies):
-            self._varying.update(y.id for y in outputs)
+        call = _Call(primitive, tuple(map(self._seen, inputs)), outputs, params)
+        if any(call.varies):
+            self._varying.update((y.id, _Varying(y.id, y.shape)) for y in outputs)
             self.widest = max(self.widest, *(y.nbytes for y in outputs))
-        self._calls.append(_Call(primitive, tuple(inputs), outputs, params, varies))
+            call = call._replace(outputs=tuple(map(self._seen, outputs)))
+        self._calls.append(call)
         return node
 
     def _object(self, *_: Any) -> None:
@@ -86,38 +111,34 @@ class Pullback:
     def __call__(self, seeds: Tensor) -> list[Tensor | None]:
         """Return the answers for all seeds, which lie along the first axis, as theirs do."""
         rows = seeds.shape[0]
-        values = {self._seed.id: seeds}
-        kept = {g.id for g in self._answers if g is not None}
+        values = {self._seed: seeds}
         for i, call in enumerate(self._calls):
-            if not any(call.varies):
-                self._again(call)
-                continue
-            xs = [self._value(x, values) for x in call.inputs]
-            results = _called(call, xs, rows)
-            values.update((y.id, result) for y, result in zip(call.outputs, results, strict=True))
-            for x in call.inputs:
-                if type(x) is Tensor and self._last_use[x.id] == i and x.id not in kept:
-                    values.pop(x.id, None)
+            if any(call.varies):
+                xs = [self._value(x, values) for x in call.inputs]
+                values.update(zip(call.outputs, _called(call, xs, rows), strict=True))
+                for x in call.inputs:
+                    if type(x) is _Varying and self._ends[x] == i:
+                        values.pop(x, None)
+            elif call.outputs[0].id not in self._fixed:
+                self._fixed.update(self._again(call))
         return [None if g is None else self._answer(g, values, rows) for g in self._answers]
 
-    def _again(self, call: _Call) -> None:
-        """Make a call that has nothing to do with the seed, once, for those who listen now."""
-        if call.outputs[0].id in self._fixed:
-            return
+    def _again(self, call: _Call) -> Iterator[tuple[int, Tensor]]:
+        """Make a call that has nothing to do with the seed anew, if there is who listens now."""
         results: Any = call.outputs
         if state.recorders:
             results = call.primitive(*[self._value(x, {}) for x in call.inputs], **call.params)
-        results = results if type(results) is tuple else (results,)
-        self._fixed.update((y.id, z) for y, z in zip(call.outputs, results, strict=True))
+            results = results if type(results) is tuple else (results,)
+        return zip([y.id for y in call.outputs], results, strict=True)
 
-    def _value(self, x: Any, values: dict[int, Tensor]) -> Any:
-        if type(x) is not Tensor:
-            return x
-        return values[x.id] if x.id in values else self._fixed.get(x.id, x)
+    def _value(self, x: Any, values: dict[_Varying, Tensor]) -> Any:
+        if type(x) is _Varying:
+            return values[x]
+        return self._fixed.get(x.id, x) if type(x) is Tensor else x
 
-    def _answer(self, g: Tensor, values: dict[int, Tensor], rows: int) -> Tensor:
-        y = self._value(g, values)
-        return y if g.id in self._varying else broadcast_to(y, shape=(rows, *g.shape))
+    def _answer(self, g: Any, values: dict[_Varying, Tensor], rows: int) -> Tensor:
+        y: Tensor = self._value(g, values)
+        return y if type(g) is _Varying else broadcast_to(y, shape=(rows, *g.shape))
 
 
 # ---- one call for many rows
@@ -147,7 +168,7 @@ def _row_by_row(call: _Call, xs: list[Any], rows: int) -> Sequence[Tensor]:
 
 def _aligned(call: _Call, xs: list[Any]) -> list[Any]:
     """Return inputs that broadcast as they did, with the rows in front."""
-    rank = call.outputs[0].ndim
+    rank = len(call.shape)
     return [
         reshape(x, shape=(x.shape[0], *(1,) * (rank + 1 - x.ndim), *x.shape[1:]))
         if varies and x.ndim <= rank
@@ -166,7 +187,7 @@ def _product(call: _Call, xs: list[Any], rows: int) -> _Results:
 
     It takes a fraction of the time of a product for each row.
     """
-    (x1, x2), name, shape = xs, call.primitive.name, call.outputs[0].shape
+    (x1, x2), name, shape = xs, call.primitive.name, call.shape
     if call.varies == (True, False) and x2.ndim == 2 and name != "matmul_tn":
         tall = call.primitive(reshape(x1, shape=(-1, x1.shape[-1])), x2)
     elif call.varies == (False, True) and x1.ndim == 2 and x2.ndim == 3 and shape[1] == 1:
@@ -179,7 +200,7 @@ def _product(call: _Call, xs: list[Any], rows: int) -> _Results:
 
 
 def _reshape(call: _Call, xs: list[Any], rows: int) -> _Results:
-    return (reshape(xs[0], shape=(rows, *call.outputs[0].shape)),)
+    return (reshape(xs[0], shape=(rows, *call.shape)),)
 
 
 def _permute(call: _Call, xs: list[Any], _rows: int) -> _Results:
@@ -188,11 +209,11 @@ def _permute(call: _Call, xs: list[Any], _rows: int) -> _Results:
 
 def _broadcast_to(call: _Call, xs: list[Any], rows: int) -> _Results:
     (x,) = _aligned(call, xs)
-    return (broadcast_to(x, shape=(rows, *call.outputs[0].shape)),)
+    return (broadcast_to(x, shape=(rows, *call.shape)),)
 
 
 def _sum_to(call: _Call, xs: list[Any], rows: int) -> _Results:
-    (x,), shape = xs, call.outputs[0].shape
+    (x,), shape = xs, call.shape
     spread = sum_to(x, shape=(rows, *(1,) * (x.ndim - 1 - len(shape)), *shape))
     return (reshape(spread, shape=(rows, *shape)),)
 
@@ -243,7 +264,7 @@ def _row(call: _Call, xs: list[Any], _rows: int) -> _Results:
 
 def _place_row(call: _Call, xs: list[Any], rows: int) -> _Results:
     index = (FULL, call.params["index"])
-    return (primitives["place"](xs[0], shape=(rows, *call.outputs[0].shape), index=index),)
+    return (primitives["place"](xs[0], shape=(rows, *call.shape), index=index),)
 
 
 def _getitem(call: _Call, xs: list[Any], _rows: int) -> _Results:
