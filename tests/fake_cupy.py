@@ -664,6 +664,7 @@ class FakeCupy(types.ModuleType):
     """The module: NumPy's functions on the stand-in's arrays, and `cuda`."""
 
     ndarray = FakeArray
+    __version__ = "14.0.0"
 
     def __init__(self):
         super().__init__("cupy")
