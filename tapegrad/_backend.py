@@ -165,8 +165,16 @@ def _require_cupy() -> Module:
     return cupy
 
 
+_OLDEST_CUPY = 14  # before, a Python number beside an array had a type of its own
+
+
 def _load(cupy: types.ModuleType) -> None:
     global _cupy, cupy_ndarray, numpy_alone
+    if int(cupy.__version__.split(".")[0]) < _OLDEST_CUPY:
+        raise RuntimeError(
+            f"this is CuPy {cupy.__version__}, and tapegrad needs {_OLDEST_CUPY} or later: "
+            'pip install --upgrade "tapegrad[cuda13]" (or [cuda12])'
+        )
     _cupy, cupy_ndarray, numpy_alone = cupy, cupy.ndarray, False
 
 

@@ -55,6 +55,8 @@ def _sum_into(
     lead = x.ndim - len(shape)
     if out[0] is None or not lead or x.shape[lead:] != shape:
         return None
+    if not x.flags.c_contiguous:  # CuPy may write `out` in the order that x has
+        return None
     return x.sum(axis=tuple(range(lead)), dtype=x.dtype, out=out[0])
 
 

@@ -649,6 +649,8 @@ for _name in METHODS.split():
             return getattr(x, _name)(*args, **kwargs)
 
         out = options.get("out")
+        if out is not None and out.ndim > 1 and not self.flags.c_contiguous:
+            raise CudaError("CuPy may give `out` the strides of what it reduces")
         answer = device.call(
             _name, function, (self, *inputs), options, None if out is None else [out]
         )
@@ -662,6 +664,7 @@ class FakeCupy(types.ModuleType):
     """The module: NumPy's functions on the stand-in's arrays, and `cuda`."""
 
     ndarray = FakeArray
+    __version__ = "14.0.0"
 
     def __init__(self):
         super().__init__("cupy")

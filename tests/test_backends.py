@@ -102,6 +102,7 @@ CUPYS = {
     "no memory": "fails = MemoryError('out of memory')",
     "no library": "raise ImportError('libcudart.so.13: cannot open shared object file')",
     "of another NumPy": "raise AttributeError(\"module 'numpy' has no attribute 'bool8'\")",
+    "too old": "__version__ = '13.6.0'",
 }
 
 
@@ -112,9 +113,8 @@ def fake_package(folder, kind):
         textwrap.dedent(
             f"""
             import types, numpy
-            count, problem, fails = 1, None, None
+            count, problem, fails, __version__ = 1, None, None, "14.0.0"
             {CUPYS[kind]}
-            __version__ = "14.0.0"
             class ndarray(numpy.ndarray):
                 pass
             emptied = 0
@@ -195,6 +195,7 @@ def test_a_cupy_that_cannot_run_falls_back_with_one_warning(tmp_path, kind):
         "no memory": "out of memory",
         "no library": "libcudart.so.13",
         "of another NumPy": "no attribute 'bool8'",
+        "too old": "this is CuPy 13.6.0, and tapegrad needs 14 or later: pip install",
     }[kind]
     assert cause in lines[1]
     assert "tapegrad uses NumPy" in lines[1]

@@ -309,8 +309,9 @@ def any(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor
 def argmax(x: ArrayLike, /, axis: int | None = None, *, keepdims: bool = False) -> Tensor:
     """Return the index of the largest element, the first of several, along an axis; no gradient.
 
-    axis  None counts the elements in row order. Raises `ValueError` for an axis that x does not
-    have, and where there is no element.
+    axis  None counts the elements in row order. A NaN is larger than all else; of several NaNs a
+          GPU may answer any. Raises `ValueError` for an axis that x does not have, and where
+          there is no element.
 
     >>> print(tg.argmax([1.0, 3.0, 2.0]))
     tg.Tensor(1, shape=(), dtype=int64)
@@ -323,7 +324,7 @@ def argmax(x: ArrayLike, /, axis: int | None = None, *, keepdims: bool = False) 
 def argmin(x: ArrayLike, /, axis: int | None = None, *, keepdims: bool = False) -> Tensor:
     """Return the index of the smallest element, the first of several, along an axis; no gradient.
 
-    Arguments and errors are those of `argmax`.
+    A NaN is smaller than all else here. Arguments and errors are those of `argmax`.
 
     >>> print(tg.argmin([3.0, 1.0, 2.0]))
     tg.Tensor(1, shape=(), dtype=int64)

@@ -363,3 +363,19 @@ def test_whether_it_pays_is_timed(name: str, monkeypatch: pytest.MonkeyPatch, cu
     assert found == (ways[f"fused, {name}"].seconds < ways[f"apart, {name}"].seconds)
     monkeypatch.setattr(gemm, "timer", lambda xp: pytest.fail("timed again"))
     assert gemm_update.pays(RULES[name], 16, 40, 24, "f4", cupy) == found
+
+
+@pytest.mark.parametrize("dtype", ["f4", "bfloat16"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_sum_keeps_the_layout_of_memory_that_it_is_given(order: Any, dtype: str) -> None:
+    """CuPy's sum of an array in Fortran's order may write its `out` in that order, too."""
+    pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need ml_dtypes")
+    numbers = RNG.integers(-2, 3, (200, 3, 4))
+    x = on_device(np.asarray(numbers.astype(dtype), order=order))
+    given = on_device(np.zeros((3, 4), dtype))
+    flat = given.reshape(-1)  # as the gradients' buffer shows it
+    y = primitives["sum_to"].compute([x], {"shape": (3, 4)}, [given])
+    assert (y is given) == (order == "C")
+    if y is not given:
+        flat[:] = y.reshape(-1)
+    np.testing.assert_array_equal(flat.get().astype("i8"), numbers.sum(0).reshape(-1))
