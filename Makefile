@@ -28,12 +28,18 @@ $(VENV)/.test-cuda$(CUDA): $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --group test --group test-cuda$(CUDA)
 	@touch $@
 
+# A machine with a driver alone has neither cuBLAS nor CUDA's compiler: the extra brings them.
+$(VENV)/.gpu-cuda$(CUDA): $(VENV)/.test-cuda$(CUDA)
+	$(BIN)/python -m pip install --quiet --editable ".[cuda$(CUDA)]"
+	@touch $@
+
 $(VENV)/.lint: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --group lint --group test
 	@touch $@
 
 ifeq ($(RUN),$(BIN)/python)
 TESTS_READY := $(VENV)/.test-cuda$(CUDA)
+GPU_READY := $(VENV)/.gpu-cuda$(CUDA)
 endif
 
 train: $(VENV)/.base
@@ -42,7 +48,7 @@ train: $(VENV)/.base
 test: $(TESTS_READY)
 	$(RUN) -m pytest -m "not gpu"
 
-test-gpu: $(TESTS_READY)
+test-gpu: $(GPU_READY)
 	TAPEGRAD_BACKEND=cupy TAPEGRAD_SANITIZERS=$(SANITIZERS) $(RUN) -m pytest tests/gpu
 
 bench: $(TESTS_READY)

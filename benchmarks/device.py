@@ -1,7 +1,9 @@
-"""The clock on the GPU: the one place where events are recorded and read."""
+"""What is measured on the GPU itself: time, by events in its queue, and the memory of CuPy."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -59,3 +61,26 @@ def device_clock(library: str | None) -> DeviceClock | None:
     if library is None:
         return None
     return _CuPyClock() if library == "cupy" else _TorchClock()
+
+
+def most_memory_of_cupy() -> Callable[[], int]:
+    """Begin to note the bytes that CuPy's pools take; return what tells the most so far.
+
+    All of them: a captured graph has one of its own, and the default one is emptied for it.
+    """
+    import cupy
+
+    def taken() -> int:
+        pools = [x for x in gc.get_objects() if type(x) is cupy.cuda.MemoryPool]
+        return sum(pool.total_bytes() for pool in pools)
+
+    class Noting(cupy.cuda.MemoryHook):
+        name = "benchmarks"
+        most = 0
+
+        def alloc_postprocess(self, **_: Any) -> None:  # a pool has asked the device for more
+            self.most = max(self.most, taken())
+
+    hook = Noting()
+    hook.__enter__()  # for as long as the process lives
+    return lambda: max(hook.most, taken())

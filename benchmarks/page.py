@@ -53,8 +53,9 @@ have an interpreter of its own: `--python mygrad=other/bin/python`.
   weights on the same batches, values and gradients of everything else, to 1e-4. A column that
   disagrees has no time.
 - Rounds are interleaved and begin with another column each time. A turn runs a case as often as
-  fits into 0.05 s, after a run that is not counted. What is shown is the median of the turns,
-  with half the distance of the quartiles.
+  fits into 0.05 s, after a run that is not counted. Times are the median of the turns, with half
+  the distance of the quartiles. A ratio is the median, over the rounds, of the ratio of two turns
+  of one round: seconds lie between them, in which a machine's clock changes little.
 - All numbers are float32; on a GPU without TF32. Labels are int64. Data lie in the column's own
   arrays beforehand.
 - On a GPU, `device` is the time between two events in its own queue; the rest is wall-clock time.
@@ -183,9 +184,10 @@ def front(found: Sequence[Results]) -> str:
             if any(c.column in names and c.median for c in cells)
         ]
         lines = [
-            f"One step on {_title(results)}, float32: time and, in bold, its ratio to "
-            "straight-line\nNumPy written by hand; of PyTorch and TensorFlow the fastest of their "
-            "ways. More, and how to repeat it: [benchmarks](benchmarks/README.md).\n",
+            f"One step on {_title(results)}, float32: the median time and, in bold, the\nmedian "
+            "ratio to straight-line NumPy written by hand in the same round; of PyTorch and "
+            "TensorFlow\nthe fastest of their ways. More, and how to repeat it: "
+            "[benchmarks](benchmarks/README.md).\n",
             "| | NumPy by hand | " + " | ".join(titles) + " |",
             "|---|" + "---:|" * (len(titles) + 1),
         ]
@@ -195,7 +197,7 @@ def front(found: Sequence[Results]) -> str:
             entries = [amount(bar.median, "s") if bar and bar.median else ""]
             for title in titles:
                 there = [c for c in row if c.column in _FRONT[title] and c.median]
-                best = min(there, key=lambda c: c.median or 0.0, default=None)
+                best = min(there, key=lambda c: tables.relative(c, base) or 0.0, default=None)
                 against = tables.relative(best, base) if best else None
                 entries.append(
                     f"**{ratio(against)}** {amount(best.median, 's')}"

@@ -144,7 +144,9 @@ def _environment(column: Column, settings: Settings) -> dict[str, str]:
         "TAPEGRAD_BACKEND": "numpy",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # a cold start compiles
+        # Else the first of them to start would take a GPU's memory, which all columns share.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     }
     if settings.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}

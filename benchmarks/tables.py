@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import Suite
@@ -35,10 +36,14 @@ def reference(cells: Sequence[Cell], references: Sequence[str]) -> Cell | None:
 
 
 def relative(cell: Cell, base: Cell | None) -> float | None:
-    """Return the cell's median over the reference's."""
+    """Return the median of the cell's ratios to the reference, each of two turns of one round.
+
+    Turns of a round are seconds apart. Over a run a shared machine's clock may change by a half,
+    and the ratio of two medians then tells which column had the faster minutes.
+    """
     if base is None or not base.median or cell.median is None:
         return None
-    return cell.median / base.median
+    return statistics.median(a / b for a, b in zip(cell.samples, base.samples, strict=False))
 
 
 def spread(cell: Cell) -> str:

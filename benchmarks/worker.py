@@ -132,6 +132,7 @@ class Worker:
         assert net.data  # made before, and kept: the peer finds it
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        peer.watch_memory()
         prepared = getattr(peer, kind)(**parameters)
         result = prepared.result()
         for _ in range(runs):

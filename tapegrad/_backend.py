@@ -29,6 +29,7 @@ cupy_ndarray: type | None = None
 numpy_alone = True  # no array is CuPy's, and no kernel is tried
 
 _cupy: types.ModuleType | None = None
+_tried: types.ModuleType | None = None  # CuPy that has computed something here
 _setting: str | None = None  # of set_backend; None: the environment variable decides
 _auto: Module = None  # what "auto" came to, found once
 _kernels_enabled = os.environ.get("TAPEGRAD_KERNELS", "1") != "0"
@@ -126,6 +127,7 @@ def _automatic() -> Module:
 
 def _usable_cupy() -> tuple[Module | None, str | None, bool]:
     """Return (CuPy or None, why it cannot run, whether it is installed)."""
+    global _tried
     try:
         import cupy
     except ModuleNotFoundError as error:
@@ -134,6 +136,8 @@ def _usable_cupy() -> tuple[Module | None, str | None, bool]:
         return None, f"importing it failed: {error}", True
     except Exception as error:  # built for another NumPy, say
         return None, f"importing it failed: {type(error).__name__}: {error}", True
+    if cupy is _tried:  # each new array asks: it must not cost a launch
+        return cupy, None, True
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return None, "no CUDA device was found", True
@@ -143,6 +147,7 @@ def _usable_cupy() -> tuple[Module | None, str | None, bool]:
         _load(cupy)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}", True
+    _tried = cupy
     return cupy, None, True
 
 

@@ -100,11 +100,15 @@ def check_sources(sources: Any) -> list[Operand]:
     return leaves
 
 
-def check_chunk(parallel_iterations: Any, chunk_size: Any) -> None:
-    """Refuse numbers of rows that are none."""
-    for name, value in (("parallel_iterations", parallel_iterations), ("chunk_size", chunk_size)):
+def check_chunk(
+    chunk_size: int | None, parallel_iterations: int | None, use_pfor: bool
+) -> int | None:
+    """Return how many rows of a Jacobian to compute at a time; None leaves it to us."""
+    sizes = {"chunk_size": chunk_size, "parallel_iterations": parallel_iterations}
+    for name, value in sizes.items():
         if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
             raise ValueError(f"{name} must be a whole number above 0 or None, got {value!r}")
+    return (chunk_size or parallel_iterations) if use_pfor else 1
 
 
 def check_scalar_targets(targets: list[Operand], weights: list[Tensor | None]) -> None:

@@ -26,7 +26,7 @@ from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
 from tapegrad.linear import sum_to as _sum_to
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import indexing, linear_algebra, reductions
+from tapegrad.ops import indexing, linear_algebra, logic, reductions
 from tapegrad.primitive import MultiPrimitive, Primitive, multi_primitive, primitive
 from tapegrad.tensor import Tensor
 
@@ -53,6 +53,9 @@ def _relu_grad_forward(xp: Module, g: Array, y: Array) -> Array:
         gx = g * (np.sign(y) if y.size < 1 << 13 else y > 0)
         if not ew.holds_nan(gx):
             return gx
+        positive = y > 0
+        gx = g * positive  # a zero keeps the sign that it has where no NaN was met
+        return np.where(np.isnan(gx) & ~positive, gx.dtype.type(0), gx)
     return xp.where(y > 0, g, xp.result_type(g, y).type(0))
 
 
@@ -243,7 +246,7 @@ def _plain_rows(
     """Return the losses of some rows and their gradient, in `out` if that is given."""
     top = np.maximum.reduce(logits, 1, keepdims=True)
     p = logits - top if out is None else np.subtract(logits, top, out)
-    chosen = labels + _row_starts(*logits.shape)
+    chosen = np.add(labels, _row_starts(*logits.shape), dtype=np.int64)  # of uint64 too
     picked = p.take(chosen)
     np.exp(p, p)
     total = np.add.reduce(p, 1, keepdims=True)
@@ -355,9 +358,9 @@ def _label_hessian(logits: Tensor, labels: Tensor, G: Tensor, ignore_label: int 
 
 def _counted(labels: Tensor, classes: int, ignore_label: int | None) -> Tensor:
     """Tell of each row, (n, 1), whether its label is a class and not ignored."""
-    counted = ew.logical_and(ew.greater_equal(labels, 0), ew.less(labels, classes))
+    counted = logic.logical_and(logic.greater_equal(labels, 0), logic.less(labels, classes))
     if ignore_label is not None:
-        counted = ew.logical_and(counted, ew.not_equal(labels, ignore_label))
+        counted = logic.logical_and(counted, logic.not_equal(labels, ignore_label))
     return _column(counted)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tapegrad import nn
 from tapegrad._targets import as_columns, labels_and_scores, over_features, pair
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import reductions
+from tapegrad.ops import logic, reductions
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.tensor import ArrayLike, Tensor
 
@@ -58,7 +58,7 @@ def huber(y_true: ArrayLike, y_pred: ArrayLike, delta: float = 1.0) -> Tensor:
     beyond = ew.multiply(ew.subtract(size, delta / 2), delta)
     # of the part within delta only: the square of a large error would overflow
     near = ew.multiply(ew.square(ew.clip(error, -delta, delta)), 0.5)
-    return over_features(ew.where(ew.greater(size, delta), beyond, near), reductions.mean)
+    return over_features(ew.where(logic.greater(size, delta), beyond, near), reductions.mean)
 
 
 def _positive(p: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class SparseCategoricalCrossentropy(Loss):
         if self.ignore_class is None or self.reduction != "sum_over_batch_size":
             return y
         labels = as_tensor(y_true)
-        counted = reductions.sum(ew.astype(ew.not_equal(labels, self.ignore_class), y.dtype))
+        counted = reductions.sum(ew.astype(logic.not_equal(labels, self.ignore_class), y.dtype))
         return ew.divide(ew.multiply(y, float(labels.size)), ew.maximum(counted, 1.0))
 
 

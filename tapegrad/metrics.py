@@ -12,7 +12,7 @@ from tapegrad._recording import no_record
 from tapegrad._targets import as_columns, labels_and_scores, pair
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import indexing, reductions
+from tapegrad.ops import indexing, logic, reductions
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import zeros_like
 from tapegrad.tensor import ArrayLike, Tensor
@@ -63,7 +63,7 @@ class Mean:
             return Tensor(0.0, np.float64)
         with no_record():
             total, count = self._state
-            empty = ew.equal(count, 0)
+            empty = logic.equal(count, 0)
             return ew.where(empty, 0.0, ew.divide(total, ew.where(empty, 1.0, count)))
 
     def reset_state(self) -> None:
@@ -108,7 +108,7 @@ def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     tg.Tensor([1. 0.], shape=(2,), dtype=float32)
     """
     t, p = labels_and_scores("sparse_categorical_accuracy", y_true, y_pred)
-    return ew.astype(ew.equal(reductions.argmax(p, axis=-1), t), np.float32)
+    return ew.astype(logic.equal(reductions.argmax(p, axis=-1), t), np.float32)
 
 
 def categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
@@ -131,7 +131,7 @@ def binary_accuracy(y_true: ArrayLike, y_pred: ArrayLike, threshold: float = 0.5
     tg.Tensor([1. 0.], shape=(2,), dtype=float32)
     """
     t, p = pair("binary_accuracy", y_true, y_pred)
-    return ew.astype(ew.equal(ew.greater(p, threshold), ew.greater(t, 0.5)), np.float32)
+    return ew.astype(logic.equal(logic.greater(p, threshold), logic.greater(t, 0.5)), np.float32)
 
 
 def top_k_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5) -> Tensor:
@@ -144,7 +144,7 @@ def top_k_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5) -> Tensor:
     """
     t, p = labels_and_scores("top_k_accuracy", y_true, y_pred)
     found = indexing.top_k(p, k).indices
-    hits = ew.equal(found, _reshape(t, shape=(*t.shape, 1)))
+    hits = logic.equal(found, _reshape(t, shape=(*t.shape, 1)))
     return ew.astype(reductions.any(hits, axis=-1), np.float32)
 
 

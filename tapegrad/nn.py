@@ -10,7 +10,7 @@ from tapegrad._recording import is_recording
 from tapegrad.formulas import formulas
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import indexing, linear_algebra, reductions
+from tapegrad.ops import indexing, linear_algebra, logic, reductions
 from tapegrad.ops.arguments import as_tensor, normalize_axis
 from tapegrad.primitive import Primitive
 from tapegrad.random import Generator, default_generator
@@ -318,7 +318,7 @@ def _from_labels(
     rows: Tensor, labels: Tensor, smoothing: float, ignore: int | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return each row's loss, and what each row counts in a mean (None: one)."""
-    counted = None if ignore is None else ew.astype(ew.not_equal(labels, ignore), rows.dtype)
+    counted = None if ignore is None else ew.astype(logic.not_equal(labels, ignore), rows.dtype)
     options = {"label_smoothing": float(smoothing), "ignore_label": ignore}
     if weights is None:
         if is_recording(rows):
@@ -332,9 +332,9 @@ def _from_labels(
         losses = fused.weighted_label_cross_entropy(rows, labels, weights, **options)
     # What each row counts is its label's weight: of a label that is no class any will do, for its
     # loss says that it is none.
-    none = ew.logical_or(ew.less(labels, 0), ew.greater_equal(labels, rows.shape[1]))
+    none = logic.logical_or(logic.less(labels, 0), logic.greater_equal(labels, rows.shape[1]))
     if ignore is not None:
-        none = ew.logical_or(none, ew.equal(labels, ignore))
+        none = logic.logical_or(none, logic.equal(labels, ignore))
     weight = indexing.rows_at(weights, ew.where(none, 0, labels))
     return losses, weight if counted is None else ew.multiply(weight, counted)
 

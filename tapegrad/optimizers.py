@@ -4,370 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tapegrad import _backend
-from tapegrad._backend import Array, Module
-from tapegrad._blocks import BLOCK
-from tapegrad._flat_update import FlatUpdate
-from tapegrad._host_memory import neighbours
+from tapegrad._flat_parameters import Group, Run, put_in_a_row
 from tapegrad._recording import no_record, state
-from tapegrad._storage import Buffer
 from tapegrad._structure import flatten
+from tapegrad._update_rules import (
+    adagrad_update,
+    adam_update,
+    gather_gradients,
+    gradient_factor,
+    momentum_update,
+    rmsprop_update,
+    sgd_update,
+)
 from tapegrad.errors import TapeWarning
-from tapegrad.kernels import optimizers as kernels
 from tapegrad.linear import cast, reshape
-from tapegrad.primitive import Update
 from tapegrad.tensor import Operand, Tensor
-from tapegrad.variable import Variable, assign_add, over_memory
-
-# Elements from which copying gradients to one place costs more than a call for each.
-_APART = 1 << 16
-
-# Each variable begins at a multiple of so many bytes: what GPU loads and GEMMs want.
-_ALIGNMENT = 256
-
-
-# ---- the updates
-#
-# An update is a rule on blocks of flat arrays, in place: `rule(xp, *arrays, spare, *numbers)`, with
-# scratch of a block's size and numbers of the arrays' type (a wider type would promote). Its
-# numbers come from the hyper-parameters, 0-d float64 arrays, and `step`, a 0-d int64 array: a
-# compiled program looks in every call whether they are what they were.
-#
-# A moving average `a = keep * a + (1 - keep) * x` may be kept as a / unit, where the unit is what
-# 1 - keep was at first: then x is added as it is, and a pass over memory is saved for each average.
-
-
-def _sgd_numbers(learning_rate: float) -> tuple[float, ...]:
-    return (learning_rate,)
-
-
-def _sgd_rule(xp: Module, p: Array, g: Array, spare: Array, rate: Any) -> None:
-    xp.multiply(g, rate, spare)
-    xp.subtract(p, spare, p)
-
-
-def _momentum_numbers(learning_rate: float, momentum: float) -> tuple[float, ...]:
-    return learning_rate, momentum
-
-
-def _momentum_rule(
-    xp: Module,
-    p: Array,
-    v: Array,
-    g: Array,
-    spare: Array,
-    rate: Any,
-    mu: Any,
-    *,
-    nesterov: bool,
-) -> None:
-    multiply, subtract, add = xp.multiply, xp.subtract, xp.add
-    multiply(g, rate, spare)
-    multiply(v, mu, v)
-    subtract(v, spare, v)
-    if nesterov:
-        subtract(p, spare, p)
-        multiply(v, mu, spare)
-        add(p, spare, p)
-    else:
-        add(p, v, p)
-
-
-def _divide_by_root(xp: Module, g: Array, square: Array, spare: Array, rate: Any, eps: Any) -> None:
-    """Let spare = rate * g / (sqrt(square) + eps).
-
-    With an epsilon of 0 a parameter that never had a gradient (padding, say) would be 0 / 0: it
-    does not move.
-    """
-    xp.sqrt(square, spare)
-    xp.add(spare, eps, spare)
-    if xp is not np or not eps.item():  # a device would be waited for
-        spare[...] = xp.where(spare == 0, spare.dtype.type(math.inf), spare)
-    xp.divide(g, spare, spare)
-    xp.multiply(spare, rate, spare)
-
-
-def _adagrad_numbers(learning_rate: float, epsilon: float) -> tuple[float, ...]:
-    return learning_rate, epsilon
-
-
-def _adagrad_rule(
-    xp: Module, p: Array, a: Array, g: Array, spare: Array, rate: Any, eps: Any
-) -> None:
-    xp.multiply(g, g, spare)
-    xp.add(a, spare, a)
-    _divide_by_root(xp, g, a, spare, rate, eps)
-    xp.subtract(p, spare, p)
-
-
-def _average(xp: Module, a: Array, x: Array, spare: Array, keep: Any, take: Any) -> None:
-    """Let a = keep * a + take * x; x may be spare."""
-    if xp is not np or take.item() != 1:  # a device would be waited for
-        xp.multiply(x, take, spare)
-        x = spare
-    xp.multiply(a, keep, a)
-    xp.add(a, x, a)
-
-
-def _rmsprop_numbers(
-    learning_rate: float, rho: float, epsilon: float, *, unit_of_mean_square: float = 1.0
-) -> tuple[float, ...]:
-    root = math.sqrt(unit_of_mean_square)
-    return learning_rate / root, rho, (1 - rho) / unit_of_mean_square, epsilon / root
-
-
-def _rmsprop_rule(
-    xp: Module,
-    p: Array,
-    v: Array,
-    g: Array,
-    spare: Array,
-    rate: Any,
-    keep: Any,
-    take: Any,
-    eps: Any,
-) -> None:
-    xp.multiply(g, g, spare)
-    _average(xp, v, spare, spare, keep, take)
-    _divide_by_root(xp, g, v, spare, rate, eps)
-    xp.subtract(p, spare, p)
-
-
-def _adam_numbers(
-    learning_rate: float,
-    beta_1: float,
-    beta_2: float,
-    epsilon: float,
-    weight_decay: float,
-    *,
-    unit_of_m: float = 1.0,
-    unit_of_v: float = 1.0,
-) -> tuple[Any, ...]:
-    # m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon), with the constants drawn out of
-    # the root: two passes over memory fewer.
-    square_root = _square_root_for(beta_2)
-
-    def at(step: int) -> tuple[float, ...]:
-        root = square_root((1 - beta_2**step) / unit_of_v)
-        return learning_rate * root * (unit_of_m / (1 - beta_1**step)), epsilon * root
-
-    take_m, take_v = (1 - beta_1) / unit_of_m, (1 - beta_2) / unit_of_v
-    return beta_1, take_m, beta_2, take_v, 1 - learning_rate * weight_decay, at
-
-
-def _square_root_for(x: Any) -> Callable[[Any], Any]:
-    """Return what takes the root of a Python number, or of a device's array where it is."""
-    return math.sqrt if type(x) is float else np.sqrt
-
-
-def _adam_rule(
-    xp: Module,
-    p: Array,
-    m: Array,
-    v: Array,
-    g: Array,
-    spare: Array,
-    keep_m: Any,
-    take_m: Any,
-    keep_v: Any,
-    take_v: Any,
-    shrink: Any,
-    rate: Any,
-    eps: Any,
-) -> None:
-    _average(xp, m, g, spare, keep_m, take_m)
-    xp.multiply(g, g, spare)
-    _average(xp, v, spare, spare, keep_v, take_v)
-    _divide_by_root(xp, m, v, spare, rate, eps)
-    if xp is not np or shrink.item() != 1:
-        xp.multiply(p, shrink, p)
-    xp.subtract(p, spare, p)
-
-
-sgd_update = FlatUpdate("sgd", _sgd_rule, _sgd_numbers, writes=1, kernel=kernels.sgd)
-momentum_update = FlatUpdate(
-    "momentum", _momentum_rule, _momentum_numbers, writes=2, kernel=kernels.momentum
-)
-adagrad_update = FlatUpdate(
-    "adagrad", _adagrad_rule, _adagrad_numbers, writes=2, kernel=kernels.adagrad
-)
-rmsprop_update = FlatUpdate(
-    "rmsprop", _rmsprop_rule, _rmsprop_numbers, writes=2, kernel=kernels.rmsprop
-)
-adam_update = FlatUpdate(
-    "adam", _adam_rule, _adam_numbers, counts=True, writes=3, kernel=kernels.adam
-)
-
-
-def _gather(xp: Module, flat: Array, *gradients: Array, places: tuple[int, ...]) -> None:
-    for place, g in zip(places, gradients, strict=True):
-        part = flat[place : place + g.size]
-        # A compiled program on a GPU may have computed it there.
-        if xp is np or g.data.ptr != part.data.ptr:
-            part[...] = g.reshape(-1)
-
-
-# Copy gradients to where their parameters stand in the flat buffer.
-gather_gradients = Update("gather_gradients", _gather, writes=1)
-
-
-def _sum_of_squares(xp: Module, g: Array) -> Any:
-    if xp is not np:
-        return xp.sum(xp.square(g.astype(np.float64)))
-    blocks = (g[i : i + BLOCK].astype(np.float64) for i in range(0, g.size, BLOCK))
-    return sum(np.dot(block, block) for block in blocks)
-
-
-def _gradient_factor(xp: Module, factor: Array, limit: Any, scale: Any, *gradients: Array) -> None:
-    by = 1 / scale
-    norm = by * xp.sqrt(sum(_sum_of_squares(xp, g) for g in gradients))
-    shortened = xp.where(norm <= limit, 1.0, limit / xp.maximum(norm, np.finfo(np.float64).tiny))
-    # Of an infinite norm limit / norm would be 0: nothing would move, and nobody would know.
-    factor[...] = by * xp.where(xp.isfinite(norm), shortened, math.nan)
-
-
-# What all gradients are multiplied by: 1 / scale, and less where their norm is above the limit.
-gradient_factor = Update(
-    "gradient_factor", _gradient_factor, writes=1, kernel=kernels.gradient_factor
-)
-
-
-# ---- the flat buffers
-
-
-class _Run(NamedTuple):
-    """Neighbours that all have a gradient: one call of the update."""
-
-    parameters: Variable
-    slots: tuple[Variable, ...]
-    gradients: Variable
-    places: tuple[int, ...]  # of each gradient, from the beginning of the run
-    views: tuple[Array, ...]  # of where they go, in their shapes
-    # A run for each of them, where that costs less than to gather the gradients: on NumPy, and
-    # not in a program, which computes them where they are gathered.
-    parts: tuple[_Run, ...]
-    units: dict[str, float]  # of the slots, by the names under which the update takes them
-
-
-class _Group:
-    """Variables that lie in one buffer, one after the other, with slots of the same layout.
-
-    units  what each slot is kept in: in the buffer lie its values divided by it.
-    """
-
-    def __init__(
-        self, members: list[Variable], slots: Sequence[float], units: dict[str, float]
-    ) -> None:
-        self._xp = xp = _backend.module_of((members[0]._array,))
-        if xp is not np:  # matrices first: what their products do not update is then in one piece
-            members = sorted(members, key=lambda v: v.ndim != 2)
-        self.members = members
-        first = members[0]
-        self.dtype = first.dtype
-        # A kernel saves nothing by it, and 16 bits have no room for it.
-        plain = xp is np and not _backend.runs_kernels(xp)
-        self.units = units if plain and self.dtype.itemsize >= 4 else {}
-        if len(members) == 1 and first._buffer.shared:  # packed by another optimiser: it stays
-            self._places = [0]
-            self._flat = first._array.reshape(-1)
-            self._buffer = first._buffer
-        else:
-            self._places, end = self._layout(members)
-            (self._flat,) = self._memory(end, [0.0])
-            self._buffer = Buffer(self._flat)
-            self._buffer.shared = True
-            for i, variable in enumerate(members):
-                view = self._part(self._flat, i)
-                view[...] = variable._array
-                variable._place(self._buffer, view)
-        self._slots = self._memory(self._flat.size, slots)
-        self._slot_buffers = [Buffer(slot) for slot in self._slots]
-        # A program updates small slots at once, from the gradients and the scratch behind them.
-        small = self._xp is np and self._flat.size <= BLOCK
-        self._gradients, *_ = self._memory(self._flat.size, [0.0, 0.0] if small else [0.0])
-        self._gradient_buffer = Buffer(self._gradients)
-        self._runs: dict[tuple[bool, ...], list[tuple[_Run, list[int]]]] = {}
-
-    def _memory(self, size: int, values: Sequence[float]) -> list[Array]:
-        if self._xp is np:
-            return neighbours(size, self.dtype, values)
-        return [self._xp.full(size, value, self.dtype) for value in values]
-
-    def _layout(self, members: list[Variable]) -> tuple[list[int], int]:
-        """Return where each variable begins, and where the last one ends.
-
-        On NumPy a bias lies directly under its kernel: then a compiled program takes both for one
-        matrix. On a GPU all loads are aligned instead.
-        """
-        unit = max(1, _ALIGNMENT // self.dtype.itemsize)
-        places: list[int] = []
-        end = 0
-        above: tuple[int, ...] = ()
-        for variable in members:
-            if not (self._xp is np and len(above) == 2 and variable.shape == above[1:]):
-                end = -(-end // unit) * unit
-            places.append(end)
-            end += variable.size
-            above = variable.shape
-        return places, -(-end // unit) * unit
-
-    def runs(self, present: tuple[bool, ...]) -> list[tuple[_Run, list[int]]]:
-        """Return the maximal runs of members that have a gradient, each with its members."""
-        known = self._runs.get(present)
-        if known is None:
-            stretches: list[list[int]] = []
-            for i, here in enumerate(present):
-                if here and i and present[i - 1]:
-                    stretches[-1].append(i)
-                elif here:
-                    stretches.append([i])
-            known = self._runs[present] = [(self._run(s), s) for s in stretches]
-        return known
-
-    def _run(self, stretch: list[int], padded: bool = True) -> _Run:
-        start, last = self._places[stretch[0]], stretch[-1]
-        end = self._places[last] + self.members[last].size
-        if padded and last + 1 == len(self.members):
-            end = self._flat.size  # then a write is one of the whole buffer, which is told faster
-        part = slice(start, end)
-        apart = self._xp is np and end - start >= _APART and len(stretch) > 1
-        return _Run(
-            over_memory(self._buffer, self._flat[part]),
-            tuple(
-                over_memory(buffer, slot[part])
-                for buffer, slot in zip(self._slot_buffers, self._slots, strict=True)
-            ),
-            over_memory(self._gradient_buffer, self._gradients[part]),
-            tuple(self._places[i] - start for i in stretch),
-            tuple(self._part(self._gradients, i) for i in stretch),
-            tuple(self._run([i], padded=False) for i in stretch) if apart else (),
-            {f"unit_of_{name}": unit for name, unit in self.units.items()},
-        )
-
-    def _part(self, flat: Array, i: int) -> Array:
-        """Return a member's part of a flat array, in its shape."""
-        place, member = self._places[i], self.members[i]
-        return flat[place : place + member.size].reshape(member.shape)
-
-    def slot_of(self, variable: Variable, name: str, slot: int) -> Array:
-        """Return the values of a variable's part of a slot, in its shape."""
-        i = next(k for k, member in enumerate(self.members) if member is variable)
-        part = self._part(self._slots[slot], i)
-        return part * self.units[name] if name in self.units else part
-
-
-def _put_in_a_row(variables: list[Variable]) -> None:
-    """Let 0-d Variables lie side by side: one look tells a program whether any has changed."""
-    if variables and variables[0].backend == "numpy":
-        row = np.array([v._array for v in variables])
-        buffer = Buffer(row)
-        for i, v in enumerate(variables):
-            v._place(buffer, row[i, ...])
+from tapegrad.variable import Variable, assign_add
 
 
 class Optimizer:
@@ -414,7 +72,7 @@ class Optimizer:
             self._hyperparameters[key] = Variable(
                 value, trainable=False, dtype=np.float64, name=f"{self.name}/{key}"
             )
-        _put_in_a_row(list(self._hyperparameters.values()))
+        put_in_a_row(list(self._hyperparameters.values()))
         self._iterations = Variable(0, trainable=False, name=f"{self.name}/iterations")
         # What every gradient is multiplied by, where the settings ask for it.
         self._factor = (
@@ -424,10 +82,10 @@ class Optimizer:
         )
         # What the update takes, in its order.
         self._settings = (*[self._hyperparameters[key] for key in hyperparameters], *self._factor)
-        self._groups: list[_Group] = []
-        self._place_of: dict[int, tuple[_Group, int]] = {}
+        self._groups: list[Group] = []
+        self._place_of: dict[int, tuple[Group, int]] = {}
         self._warned: set[int] = set()
-        self._known_runs: list[tuple[_Run, list[int]]] = []  # of the last step's variables
+        self._known_runs: list[tuple[Run, list[int]]] = []  # of the last step's variables
         self._known_for: list[int] = []
 
     def __getattr__(self, name: str) -> Variable:
@@ -504,7 +162,7 @@ class Optimizer:
 
     def _runs(
         self, gradients: list[Tensor | None], variables: list[Variable]
-    ) -> list[tuple[_Run, list[int]]]:
+    ) -> list[tuple[Run, list[int]]]:
         """Return the runs of variables that have a gradient, and which gradients each takes."""
         self._pack(variables)
         at = {v.id: i for i, v in enumerate(variables) if gradients[i] is not None}
@@ -519,7 +177,7 @@ class Optimizer:
         self.apply_gradients(zip(flatten(gradients), flatten(variables), strict=True))
 
     def _units(self) -> dict[str, float]:
-        """Return what slots may be kept in: see above, at the updates."""
+        """Return what slots may be kept in: see `_update_rules`."""
         return {
             slot: 1 - self._hyperparameters[keep]._array.item()
             for slot, keep in self._AVERAGES.items()
@@ -592,7 +250,7 @@ class Optimizer:
             else:
                 together.setdefault((v.backend, v.dtype), []).append(v)
         for members in [*together.values(), *groups]:
-            group = _Group(members, start, units)
+            group = Group(members, start, units)
             self._groups.append(group)
             self._place_of.update((v.id, (group, i)) for i, v in enumerate(group.members))
         self._move_to(fresh[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import warnings
@@ -12,9 +13,11 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 
 from tapegrad import _backend
+from tapegrad._pullback import Pullback
 from tapegrad._quiet import quiet
 from tapegrad._recording import Call, no_record, state, told, user_call, user_location
 from tapegrad._reverse import gradients
+from tapegrad._reverse_text import can_be_replayed
 from tapegrad._structure import flatten_with_paths, is_container, refuse_unordered, unflatten
 from tapegrad._tape_arguments import (
     UnconnectedGradients,
@@ -30,7 +33,7 @@ from tapegrad._tape_arguments import (
 )
 from tapegrad.errors import TapeWarning
 from tapegrad.linear import add, fit, ones_like, permute, reshape, stack, zeros_like
-from tapegrad.primitive import Primitive
+from tapegrad.primitive import Primitive, primitives
 from tapegrad.tensor import Operand, Tensor, as_array, wrap
 from tapegrad.variable import Variable
 
@@ -430,10 +433,11 @@ class GradientTape:
         """Return the derivative of every element of the target for every element of the sources.
 
         Each answer has the shape `target.shape + source.shape`. For a structure of targets it is
-        a structure of what one target gives. `chunk_size` bounds how many rows of a Jacobian are
-        computed at a time, `parallel_iterations` is TensorFlow's name of it; rows are computed
-        one at a time, the least memory, whatever they and `experimental_use_pfor` say. A tape
-        that is not persistent will do. Raises as `gradient` does.
+        a structure of what one target gives. Rows, one for each element of the target, are
+        computed many at a time: `chunk_size` says how many, else as many as keep what they need
+        on the way small. `parallel_iterations` is TensorFlow's name of it, and without
+        `experimental_use_pfor` it is one at a time, as it always is through gradients of your
+        own. A tape that is not persistent will do. Raises as `gradient` does.
 
         >>> import tapegrad as tg
         >>> x = tg.Variable([1.0, 2.0])
@@ -445,16 +449,17 @@ class GradientTape:
         unconnected = check_unconnected(unconnected_gradients)
         targets = check_targets(target)
         leaves = check_sources(sources)
-        check_chunk(parallel_iterations, chunk_size)
+        chunk = check_chunk(chunk_size, parallel_iterations, experimental_use_pfor)
         self._check_usable()
         self._begin_reverse_pass(user_call())
         try:
             with quiet():
                 answers = []
                 for y in targets:
+                    found = self._rows(y, leaves, y.size, _basis_seeds, chunk)
                     rows = [
                         None if r is None else reshape(r, shape=y.shape + x.shape)
-                        for r, x in zip(self._rows(y, leaves, _basis_seeds), leaves, strict=True)
+                        for r, x in zip(found, leaves, strict=True)
                     ]
                     answers.append(self._answered(rows, leaves, unconnected, sources, y.shape))
                 return unflatten(target, answers)
@@ -482,7 +487,7 @@ class GradientTape:
         unconnected = check_unconnected(unconnected_gradients)
         (y,) = check_targets([target])
         leaves = check_sources(source)
-        check_chunk(parallel_iterations, chunk_size)
+        chunk = check_chunk(chunk_size, parallel_iterations, experimental_use_pfor)
         for x in leaves:
             for shape in (y.shape, x.shape):
                 if len(shape) < 2:
@@ -499,8 +504,9 @@ class GradientTape:
         self._begin_reverse_pass(user_call())
         try:
             with quiet():
+                found = self._rows(y, leaves, math.prod(y.shape[1:]), _batch_seeds, chunk)
                 answers: list[Tensor | None] = []
-                for rows, x in zip(self._rows(y, leaves, _batch_seeds), leaves, strict=True):
+                for rows, x in zip(found, leaves, strict=True):
                     shape = y.shape + x.shape[1:]
                     if rows is not None:
                         if check:
@@ -518,33 +524,41 @@ class GradientTape:
         self,
         target: Operand,
         sources: list[Operand],
-        seeds_of: Callable[[Tensor], Iterator[Tensor]],
+        count: int,
+        seeds_of: Callable[[Tensor, int, int], Tensor],
+        chunk: int | None,
     ) -> list[Tensor | None]:
-        """Pull back each seed; return for each source the answers stacked along a new axis 0."""
+        """Pull back `count` seeds; return for each source the answers stacked along a new axis 0.
+
+        chunk  how many at a time; None: as many as suit the memory.
+        """
         if not is_floating(target.dtype):
             return [None] * len(sources)
         y = _current(target)
         wanted = self._wanted(sources)
-        found: list[list[Tensor | None]] = [[] for _ in sources]
-        for seed in seeds_of(y):
+
+        def pull_back(seed: Tensor) -> list[Tensor | None]:
             results = self._pull_back({y.id: seed}, wanted, consume=False)
-            for column, x in zip(found, sources, strict=True):
-                column.append(self._answer(x, results))
-        if not found or not found[0]:  # a target without elements: no row, but is there a path?
-            results = self._pull_back({y.id: ones_like(y)}, wanted, consume=False)
+            return [self._answer(x, results) for x in sources]
+
+        if not count:  # a target without elements: no row, but is there a path?
             xp = _backend.module_of((y._array,))
             return [
-                None if self._answer(x, results) is None else wrap(xp.zeros((0, *x.shape), x.dtype))
-                for x in sources
+                None if g is None else wrap(xp.zeros((0, *x.shape), x.dtype))
+                for g, x in zip(pull_back(ones_like(y)), sources, strict=True)
             ]
-        stacked: list[Tensor | None] = []
-        for column, x in zip(found, sources, strict=True):
-            if all(r is None for r in column):
-                stacked.append(None)
-            else:
-                zero = zeros_like(x)
-                stacked.append(stack(*[zero if r is None else r for r in column]))
-        return stacked
+        if count > 1 and chunk != 1 and all(can_be_replayed(node[0]) for node in self._nodes):
+            pullback = Pullback(ones_like(y), pull_back)
+            size = chunk or max(1, _ROW_BYTES // pullback.widest)
+            parts = [pullback(seeds_of(y, i, min(i + size, count))) for i in range(0, count, size)]
+            return [_joined(column) for column in zip(*parts, strict=True)]
+        rows = [pull_back(reshape(seeds_of(y, i, i + 1), shape=y.shape)) for i in range(count)]
+        return [
+            None
+            if all(g is None for g in column)
+            else stack(*[zeros_like(x) if g is None else g for g in column])
+            for column, x in zip(zip(*rows, strict=True), sources, strict=True)
+        ]
 
     def _check_independent(self, y: Operand, x: Operand, rows: Tensor) -> None:
         """Compare one pull-back of random weights a row with what independence says it gives."""
@@ -833,26 +847,29 @@ def _warn_of_recorded_gradient() -> None:
         )
 
 
-# ---- seeds of Jacobians
+# ---- rows of Jacobians
+
+# The largest value on the way of some rows has at most so many bytes: they stay near the cores.
+_ROW_BYTES = 1 << 23
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the rows of all chunks as one Tensor."""
+    if parts[0] is None:
+        return None
+    return parts[0] if len(parts) == 1 else primitives["concat"](*parts, axis=0)
 
 
-def _basis_seeds(y: Tensor) -> Iterator[Tensor]:
-    """Yield, for each element of y, a seed that is one there and zero elsewhere."""
+def _basis_seeds(y: Tensor, first: int, last: int) -> Tensor:
+    """Return, for each of some elements of y, a seed that is one there and zero elsewhere."""
     xp = _backend.module_of((y._array,))
-    for i in range(y.size):
-        seed = xp.zeros(y.size, y.dtype)
-        seed[i] = 1
-        yield wrap(seed.reshape(y.shape))
+    rows = last - first
+    return wrap(xp.eye(rows, y.size, first, y.dtype).reshape(rows, *y.shape))
 
 
-def _batch_seeds(y: Tensor) -> Iterator[Tensor]:
-    """Yield, for each element of a row of y, a seed that is one there in every row."""
+def _batch_seeds(y: Tensor, first: int, last: int) -> Tensor:
+    """Return, for each of some elements of a row of y, a seed that is one there in every row."""
     xp = _backend.module_of((y._array,))
-    for i in range(_count(y.shape[1:])):
-        seed = xp.zeros((y.shape[0], _count(y.shape[1:])), y.dtype)
-        seed[:, i] = 1
-        yield wrap(seed.reshape(y.shape))
+    rows, batch = last - first, y.shape[0]
+    of_a_row = xp.eye(rows, math.prod(y.shape[1:]), first, y.dtype)
+    return wrap(xp.repeat(of_a_row[:, None], batch, 1).reshape(rows, *y.shape))

@@ -702,9 +702,23 @@ class FakeCupy(types.ModuleType):
         return device.from_host(value, dtype)
 
     def concatenate(self, arrays, axis=0):
+        return self._joined("concatenate", arrays, axis)
+
+    def stack(self, arrays, axis=0):
+        return self._joined("stack", arrays, axis)
+
+    def _joined(self, name, arrays, axis):
         if len(arrays) > 8:  # then their addresses go to the device as an array
             device.from_host(np.arange(len(arrays)))
-        return device.call("concatenate", np.concatenate, (list(arrays),), {"axis": axis})
+        return device.call(name, getattr(np, name), (list(arrays),), {"axis": axis})
+
+    def matmul(self, x, w, out=None):
+        if max(x.ndim, w.ndim) > 2 and x.dtype.name == "bfloat16":  # CuPy's issue 10317
+            raise TypeError(f"Unsupported dtype {x.dtype}")
+        answer = device.call(
+            "matmul", np.matmul, (x, w), {"out": out}, None if out is None else [out]
+        )
+        return answer if out is None else out
 
     def copyto(self, target, value):
         device.call("copyto", np.copyto, (target, value), writes=[target])

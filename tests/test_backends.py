@@ -117,7 +117,10 @@ def fake_package(folder, kind):
             __version__ = "14.0.0"
             class ndarray(numpy.ndarray):
                 pass
+            emptied = 0
             def empty(shape, dtype=float):
+                global emptied
+                emptied += 1
                 if fails is not None:
                     raise fails
                 return numpy.empty(shape, dtype).view(ndarray)
@@ -142,6 +145,21 @@ def test_auto_takes_cupy_where_it_is_usable(tmp_path):
     assert output(CHOICE, folder=tmp_path, TAPEGRAD_BACKEND="auto") == ["cupy", "cupy"]
     assert output(CHOICE, folder=tmp_path, TAPEGRAD_BACKEND="cupy") == ["cupy", "cupy"]
     assert output(CHOICE, folder=tmp_path, TAPEGRAD_BACKEND="numpy") == ["numpy", "numpy"]
+
+
+def test_cupy_is_tried_out_once(tmp_path):
+    """Trying it is a launch, and every new array asks where to go."""
+    fake_package(tmp_path, "usable")
+    program = """
+        import cupy, tapegrad as tg
+        for _ in range(3):
+            tg.constant([1.0])
+        tg.set_backend("cupy")
+        with tg.backend("cupy"):
+            tg.constant([2.0])
+        print(cupy.emptied)
+    """
+    assert output(program, folder=tmp_path, TAPEGRAD_BACKEND="cupy") == ["1"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CUPYS if kind != "usable"])

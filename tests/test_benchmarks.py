@@ -312,9 +312,19 @@ def test_ratios_are_to_the_first_reference_that_has_a_result() -> None:
     assert tables.reference(cells, ("numpy-by-hand", "tapegrad")) is cells[0]
 
 
+def test_a_clock_that_changes_between_rounds_does_not_change_ratios() -> None:
+    # Of medians the ratio would be 3: the reference had three fast rounds, the other two of five.
+    reference, other = made_up(
+        numpy_by_hand=[1.0, 1.0, 1.0, 2.0, 2.0], tapegrad=[1.5, 1.5, 3.0, 3.0, 3.0]
+    ).cells
+    assert tables.relative(other, reference) == 1.5
+    other.samples = [1.2, 1.2, 1.2]  # a slow column has fewer rounds: the first ones
+    assert tables.relative(other, reference) == 1.2
+
+
 def test_the_page_and_the_front_table_are_made_of_the_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    results = made_up(tapegrad=[2e-3, 2.2e-3], numpy_by_hand=[1e-3], jax=[])
+    results = made_up(tapegrad=[2e-3, 2.2e-3], numpy_by_hand=[1e-3, 1e-3], jax=[])
     results.cells[2].fail("disagrees: 1, others 2")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{page.BEGIN}\nearlier\n{page.END}\nafter\n")

@@ -328,6 +328,18 @@ def test_softmax_cross_entropy_of_probabilities(weighted, smoothing, reduction):
         close(nn.softmax_cross_entropy(v, t, **options), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"ignore_label": 1}, {"class_weights": [1.0, 2.0, 0.5]}])
+@pytest.mark.parametrize("kind", ["i1", "i2", "i4", "u1", "u2", "u4", "u8"])
+def test_softmax_cross_entropy_of_labels_of_every_type(kind, options):
+    x, y = tg.Variable(logits_of(10, 3)), labels_of(10, 3)
+    found = []
+    for labels in (y, y.astype(kind)):
+        with tg.GradientTape() as tape:
+            loss = tg.nn.softmax_cross_entropy(x, labels, **options)
+        found.append((float(loss), tape.gradient(loss, x).numpy().tolist()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
 @pytest.mark.parametrize("weighted", [False, True])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tapegrad as tg
+from tapegrad.primitive import primitives
 
 INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # forward warns as NumPy does
@@ -550,6 +551,32 @@ def test_a_zero_gradient_stays_zero_in_arrays_of_any_size(size, dtype):
         with tg.GradientTape() as tape:
             y = tg.sqrt(v) * mask
         np.testing.assert_array_equal(tape.gradient(y, v), mask / 2)
+
+
+@pytest.mark.parametrize("name", ["scale", "scale_both", "relu_grad"])
+@pytest.mark.parametrize("size", [33, 30_000])
+def test_a_zero_keeps_its_sign_whatever_other_elements_are(name, size):
+    g = np.resize([0.0, -0.0, 2.0, -2.0], size)
+    d = np.resize([1.0, 0.0, 3.0], size)
+    plain = primitives[name].forward(np, g, d)
+    g[0], d[0] = (INF, 0.0) if name == "relu_grad" else (0.0, INF)
+    mended = primitives[name].forward(np, g, d)
+    assert mended[0] == 0.0
+    assert np.signbit(mended[1:]).any()
+    np.testing.assert_array_equal(mended[1:].view(np.int64), plain[1:].view(np.int64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 3), (3, 1, 1), (3, 1, 2), (1, 3, 1), (3, 4, 1), (1, 4, 3)]
+)
+def test_products_of_matrices_keep_what_is_not_finite(shape, dtype):
+    n, k, m = shape
+    zero, one = np.zeros((n, k), dtype), np.ones((k, m), dtype)
+    for bad in (NAN, INF):
+        left = zero + np.array(bad, dtype)
+        assert np.isnan((tg.constant(zero) @ (one * np.array(bad, dtype))).numpy()).all()
+        assert np.isnan((tg.constant(left) @ (one * 0)).numpy()).all()
 
 
 def test_a_nan_that_matters_is_not_hidden():

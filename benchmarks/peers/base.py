@@ -111,6 +111,9 @@ class Peer:
         x, y = data
         return self.array(x[rows]), self.array(y[rows])
 
+    def watch_memory(self) -> None:
+        """Begin to note how much of the device's memory is taken, where that costs time."""
+
     def device_bytes(self) -> int | None:
         """Return the device memory taken at the most, where the peer knows."""
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tapegrad as tg
+from benchmarks.device import most_memory_of_cupy
 from benchmarks.peers.base import Ops, Training, Unsupported
 from benchmarks.peers.taped import TapePeer
 from benchmarks.problems import Net
@@ -48,9 +49,14 @@ class Tapegrad(TapePeer):
         if self.clock:
             self._cupy.cuda.Device().synchronize()
 
+    def watch_memory(self) -> None:
+        """Begin to note what CuPy's pools take, those of graphs among them."""
+        if self.clock:
+            self._most = most_memory_of_cupy()
+
     def device_bytes(self) -> int | None:
-        """Return what CuPy's pool holds: it never gives memory back by itself."""
-        return self._cupy.get_default_memory_pool().total_bytes() if self.clock else None
+        """Return what CuPy's pools had at the most."""
+        return self._most() if self.clock else None
 
     def recorded(self, f: Callable[..., Any], arrays: Sequence[Any]) -> Callable[[], Any]:
         """Return a function that records f on a tape and asks for nothing."""

@@ -17,6 +17,7 @@ _MODES = {
     "reduce-overhead": "reduce-overhead",
     "max-autotune": "max-autotune",
 }
+_GRAPHS = {"reduce-overhead", "max-autotune"}
 
 
 class Torch(Peer):
@@ -142,7 +143,8 @@ class Torch(Peer):
             loss = forward(x, y)
             loss.backward()
             optimizer.step()
-            return loss.detach()
+            # Where the compiler makes CUDA graphs, the next run writes where this result lies.
+            return loss.detach().clone() if self.variant in _GRAPHS else loss.detach()
 
         def predict(x: Any) -> Any:
             with torch.no_grad():

@@ -8,10 +8,11 @@ simplify    the table of rewrites that can be switched off, in their order:
 patterns    what people write by hand, found and replaced by the fused primitives;
 algebra     small identities;
 chains      on a GPU, elementwise steps gathered into one kernel each;
+learning_rates  on a CPU, multiplied into what all gradients are made of;
 updates     on a GPU, weights that the product of their gradient updates;
 epilogues   on a GPU, products that do what comes after them: masks of ReLUs, sums of columns;
 layout      how values of small networks are stored.
-gradients   which are computed where an optimiser gathers them.
+gradients   where an optimiser gathers them, to be computed there at once, and for which update.
 lowering    steps as calls of NumPy into planned memory: elementwise_calls, shape_calls,
             matrix_calls, softmax_calls and update_calls say by which, and own_calls has those
             that NumPy has not.

@@ -106,7 +106,7 @@ def _scaled(_: _Pass, step: Step) -> Value | None:
     y = step.outputs[0]
     if _is(a, 1):
         return _same_as(b, y)
-    # Beside a NaN a constant's product makes -0.0 to 0.0; a number's does not.
+    # On a GPU a constant's product makes -0.0 to 0.0; a number's does not.
     return _same_as(a, y) if type(b) is not Value and b == 1 else None
 
 

@@ -239,11 +239,16 @@ def _joins(line: Line, before: Sequence[Line], shape: tuple[int, ...]) -> bool:
         return True
     if line.sums_rows:
         matrix = line.operands[1]
-        return matrix.shape == shape and _by_rows(matrix)
-    if _shape(line) != shape:
-        return False
-    sums = {call.operands[-1].root for call in before if call.sums_rows}  # known at the end only
-    return not any(place.root in sums for place in line.operands)
+        fits = matrix.shape == shape and _by_rows(matrix)
+    else:
+        fits = _shape(line) == shape
+    calls = [call for call in before if not _makes_array(call)]
+    written = {call.operands[-1].root for call in calls}
+    sums = {call.operands[-1].root for call in calls if call.sums_rows}  # known at the end only
+    return fits and not any(
+        place.root in sums or (place.root in written and not _is_whole(place))
+        for place in line.operands
+    )
 
 
 def _makes_array(line: Line) -> bool:
@@ -270,8 +275,16 @@ def _shape(line: Line) -> tuple[int, ...] | None:
 
 
 def _by_rows(place: Place) -> bool:
+    """Tell whether rows of a place can be taken, unless a run writes what it is a view of.
+
+    That a gradient in an optimiser's buffer can be: a block of its transpose needs all of it.
+    """
+    return place.kind == "static" or _is_whole(place)
+
+
+def _is_whole(place: Place) -> bool:
     """Tell whether rows of a place are rows of what it shows: no view but that of its bits."""
-    return place.kind == "static" or place.root is place or place.bits is not None
+    return place.root is place or place.bits is not None
 
 
 def _run(

@@ -50,11 +50,18 @@ def _numbers(b: Lowering, step: Step) -> list[Any]:
             return b.of(x) if number is None else static(number)
         if len(dtypes) == 1:
             (dtype,) = dtypes
-            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int):
+            if dtype.kind == "f" or (dtype.kind in "iu" and type(x) is int and _fits(x, dtype)):
                 return static_number(x, dtype)
         return x
 
     return list(map(place_of, step.inputs))
+
+
+def _fits(x: Any, dtype: np.dtype[Any]) -> bool:
+    """Tell whether a type holds an integer; NumPy compares with others, and `where` wraps them."""
+    if type(x) is not int or dtype.kind not in "iu":
+        return True
+    return bool(np.iinfo(dtype).min <= x <= np.iinfo(dtype).max)
 
 
 def _scalar(b: Lowering, step: Step, text: str, *operands: Any) -> bool:
@@ -162,10 +169,13 @@ def _softplus(b: Lowering, step: Step) -> bool:
 @lowers("cast")
 def _cast(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
-    if not y.shape:
-        return False
     x = b.of(step.inputs[0])
-    b.call("converted", x, b.out(step))
+    if y.shape:
+        b.call("converted", x, b.out(step))
+        return True
+    number = b.local((), y.dtype)
+    b.line("{} = {}.astype({})", number, x, y.dtype)
+    b.set(y, number)
     return True
 
 
@@ -174,6 +184,8 @@ def _where(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
     condition, x1, x2 = step.inputs
     if not y.shape or type(condition) is not Value or condition.dtype.kind != "b":
+        return False
+    if not (_fits(x1, y.dtype) and _fits(x2, y.dtype)):
         return False
     places = [b.of(x) if type(x) is Value else static_number(x, y.dtype) for x in (x1, x2)]
     b.call("chosen", b.of(condition), *places, b.out(step))

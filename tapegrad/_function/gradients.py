@@ -1,9 +1,9 @@
-"""Gradients: where an optimiser gathers them, so that they can be computed there at once."""
+"""Gradients: where an optimiser gathers them, and for which update."""
 
 from __future__ import annotations
 
 from tapegrad._backend import Array
-from tapegrad._function.program import Program, Value
+from tapegrad._function.program import Program, Step, Value
 from tapegrad._function.rewrites import overlap
 
 
@@ -23,4 +23,22 @@ def gathered(program: Program) -> dict[Value, Array]:
         for x, start in zip(step.inputs, step.params["places"], strict=True):
             if x.kind == "result" and x.shape:
                 found[x] = target._array[start : start + x.size].reshape(x.shape)
+    return found
+
+
+def gathering_for(program: Program, update: Step) -> Step | None:
+    """Return the step that gathers what an update takes, if that is all that reads it.
+
+    What scales gradients before, or clips them, reads them too.
+    """
+    flat = update.inputs[0].source
+    found = None
+    for step in program.steps:
+        for x in step.values():
+            if step is not update and x.kind == "read" and overlap(x.source, flat):
+                return None
+        if any(overlap(v, flat) for v in step.writes):
+            if found is not None or step.name != "gather_gradients" or step.writes[0] is not flat:
+                return None
+            found = step
     return found

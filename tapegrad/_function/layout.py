@@ -28,8 +28,8 @@ from tapegrad._function.rewrites import Rewrite
 
 REWRITE = Rewrite(
     None,
-    "the order of the terms in sums and products of matrices; a softmax cross-entropy's "
-    "exponentials are those of the logits, not of their distances to the largest",
+    "the order of the terms in sums and products of matrices; the sign of a zero; a softmax "
+    "cross-entropy's exponentials are those of the logits, not of their distances to the largest",
 )
 
 SMALL = 1 << 15  # elements: above, products and memory cost more than calls
@@ -43,7 +43,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# A NaN in an input of these is a NaN in the output.
+# A NaN in an input of these is a NaN in the output, but for what `_spreading` says.
 _SPREADS_NAN = _names(
     "add subtract multiply divide negative positive exp log sqrt square tanh linear "
     "linear_relu matmul sum mean reshape permute relu softmax log_softmax sigmoid softplus "
@@ -194,8 +194,19 @@ class Layout:
         ]
         self.visible = set(self.checked)
         for step in reversed(before):
-            if step.name in _SPREADS_NAN and step.outputs[0] in self.visible:
-                self.visible.update(step.values())
+            if step.outputs[0] in self.visible:
+                self.visible.update(_spreading(step))
+
+
+def _spreading(step: Step) -> list[Value]:
+    """Return the inputs of which a NaN is always one in the step's first result."""
+    if step.name not in _SPREADS_NAN or step.outputs[0].size == 0:
+        return []
+    if step.params.get("ignore_label") is not None:  # a row that is ignored has the loss 0
+        return []
+    if step.name == "scale":  # where the first is 0 the second may be NaN
+        return [x for x in step.inputs[:1] if type(x) is Value]
+    return list(step.values())
 
 
 def is_of_plain_labels(step: Step) -> bool:

@@ -18,7 +18,8 @@ def _matmul(b: Lowering, step: Step) -> bool:
     pair = b.layout.pairs.get(step)
     if pair is not None and b.is_one_product(pair):
         full = b.extended[pair.activation]
-        b.call("dot", static(full), b.of(pair.upstream), static(b.joined_destination(pair)))
+        place = static(b.joined_destination(pair))
+        b.call(_product(x1, x2, y), static(full), b.of(pair.upstream), place)
         b.set(y, b.destinations[y])
         return True
     places = b.of(x1), b.of(x2)
@@ -27,9 +28,7 @@ def _matmul(b: Lowering, step: Step) -> bool:
 
 
 def _multiply_matrices(b: Lowering, left: Place, right: Place, out: Place) -> None:
-    # As the meaning does: for thin matrices the two round otherwise.
-    plain = len(left.shape) == len(right.shape) == 2 and out.dtype.char in "fd"
-    product = "dot" if plain else "matmul"
+    product = _product(left, right, out)
     if _is_turned(out):
         left, right, out = b.turned(right), b.turned(left), b.turned(out)
     if out.kind == "static" and not out.bind().flags.c_contiguous:
@@ -38,6 +37,12 @@ def _multiply_matrices(b: Lowering, left: Place, right: Place, out: Place) -> No
         turned, right = right, b.arena(right.shape, right.dtype)
         b.line("{}[...] = {}", right, turned)
     b.call(product, left, right, out)
+
+
+def _product(left: Value | Place, right: Value | Place, out: Value | Place) -> str:
+    """Return the function that the meaning calls: for thin matrices the two round otherwise."""
+    plain = len(left.shape) == len(right.shape) == 2 and out.dtype.char in "fd"
+    return "dot" if plain and (1, 1) not in (left.shape, right.shape) else "matmul"
 
 
 def _is_thin_transpose(left: Place, right: Place) -> bool:

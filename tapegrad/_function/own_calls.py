@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tapegrad._backend import Array
+from tapegrad.fused import relu_grad
 from tapegrad.ops.elementwise import holds_nan
 
 
@@ -30,14 +31,14 @@ def scaled(g: Array, d: Array, out: Array) -> None:
     """Let out be g * d, and 0 where g is; out is not the memory of g."""
     np.multiply(g, d, out)
     if _holds_nan(out):
-        np.copyto(out, 0, where=np.equal(g, 0))
+        np.copyto(out, 0, where=np.equal(g, 0) & np.isnan(out))
 
 
 def scaled_both(a: Array, b: Array, out: Array) -> None:
     """Let out be a * b, and 0 where a or b is; out is the memory of neither."""
     np.multiply(a, b, out)
     if _holds_nan(out):
-        np.copyto(out, 0, where=np.equal(a, 0) | np.equal(b, 0))
+        np.copyto(out, 0, where=(np.equal(a, 0) | np.equal(b, 0)) & np.isnan(out))
 
 
 def masked(g: Array, y: Array, mask: Array, out: Array) -> None:
@@ -45,7 +46,7 @@ def masked(g: Array, y: Array, mask: Array, out: Array) -> None:
     np.sign(y, mask)
     np.multiply(g, mask, out)
     if _holds_nan(out):  # also where y is NaN
-        out[...] = np.where(y > 0, g, out.dtype.type(0))
+        out[...] = relu_grad.forward(np, g, y)
 
 
 def keep_positive(y: Array, g: Array, mask: Array, out: Array) -> None:

@@ -378,8 +378,11 @@ class _Text:
     def _only(self, array: Array) -> Array:
         """Return the array that stands for all that show the same numbers.
 
-        A ufunc whose output is an input's memory, but another object, takes 0.25 us more.
+        A ufunc whose output is an input's memory, but another object, takes 0.25 us more. NumPy's
+        scalars have no address that lasts.
         """
+        if not isinstance(array, np.ndarray):
+            return array
         data = array.__array_interface__["data"], array.shape, array.strides, array.dtype
         return self._arrays.setdefault(data, array)
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tapegrad._function import algebra, chains, epilogues, layout, patterns, updates
+from tapegrad._function import (
+    algebra,
+    chains,
+    epilogues,
+    layout,
+    learning_rates,
+    patterns,
+    updates,
+)
 from tapegrad._function.program import Program
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
 
@@ -10,6 +18,7 @@ from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_rep
 TABLE: dict[str, Rewrite] = {
     **patterns.REWRITES,
     **algebra.REWRITES,
+    **learning_rates.REWRITES,
     **chains.REWRITES,
     **updates.REWRITES,
     **epilogues.REWRITES,

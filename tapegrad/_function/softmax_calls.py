@@ -168,9 +168,9 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     """Let everything run along contiguous rows: one row for each class.
 
     Exponentials are taken of the logits as they are, no reduction before them, and the loss is the
-    logarithm of their sum over the label's own: exact near 0 too. Where one of the two is near the
-    ends of what its type can hold (logits beyond some 80 in float32), a NaN sends the call the
-    careful way.
+    logarithm of their sum over the label's own: exact near 0 too. Where that or the label's own is
+    near the ends of what its type can hold (logits beyond some 80 in float32, or as far apart), a
+    NaN sends the call the careful way.
     """
     logits, labels = step.inputs
     loss = step.outputs[0]
@@ -189,10 +189,10 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     dtype = logits.dtype
     t = b.of(labels)
     out = b.turned(b.out(step, position=1) if scaled is None else b.out(scaled))
-    hot, ratio = b.arena((classes, n), dtype), b.arena((n,), dtype)
+    hot = b.arena((classes, n), dtype)
     both, sums = b.arena((2 * classes, n), dtype), b.arena((classes + 2, n), dtype)
     e, of_label = b.rows(both, 0, classes), b.rows(both, classes, 2 * classes)
-    each, one = b.rows(sums, 0, classes), b.view(sums, (n,), lambda a: a[classes - 1])
+    each, ratio = b.rows(sums, 0, classes), b.view(sums, (n,), lambda a: a[classes - 1])
     scaled_label = b.view(sums, (n,), lambda a: a[-1])
     # Of 64 classes at most no byte of a label is above 127; one of a negative number is.
     b.line("if not {}.tobytes().isascii(): {}({}, {})", t, wrong_labels, t, classes)
@@ -211,10 +211,11 @@ def _feature_major_cross_entropy(b: Lowering, step: Step) -> bool:
     b.call("dot", static(summing), both, sums)
     b.call("divide", e, each, out)
     b.call("subtract", out, hot, out)
+    # Where the sum is too large or small, so is its ratio to the label's own, or the latter.
+    b.call("divide", ratio, scaled_label, ratio)
     seen = b.local((3 * n,), np.uint8)
     b.line("{} = {}.tobytes()", seen, b.view(sums, (3, n), lambda a: _exponents(a[-3:])))
-    b.line("if 0 in {} or 127 in {}: {}[0] = nan", seen, seen, one)
-    b.call("divide", one, scaled_label, ratio)
+    b.line("if 0 in {} or 127 in {}: {}[0] = nan", seen, seen, ratio)
     if total_step is None:
         b.call("log", ratio, b.out(step))
         return True
@@ -333,22 +334,26 @@ class _CrossEntropyByRows:
     def _quickly(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
     ) -> bool:
-        """Let p be the exponentials of x; tell whether none is too large or small to go on."""
+        """Let p be the exponentials of x, and total what makes them its gradient.
+
+        Tells whether no number on the way is too large or small to go on.
+        """
         if self._ones is None:
             return False
         np.exp(x, p)
         p.dot(self._ones, total)
         p.reshape(-1).take(place, None, picked, "clip")
-        if not (_ordinary(total) and _ordinary(picked)):
-            return False
         np.divide(total, picked, loss)
+        np.divide(self._share, total, total)
+        if not (_ordinary(picked) and _ordinary(loss) and _ordinary(total)):
+            return False
         np.log(loss, loss)
         return True
 
     def _carefully(
         self, x: Array, p: Array, total: Array, picked: Array, place: Array, loss: Array
     ) -> None:
-        """Let p be the exponentials of x relative to each row's largest."""
+        """Do the same relative to each row's largest; total is the sum where all is exact."""
         column = total[:, None]
         np.maximum.reduce(x, 1, None, column, keepdims=True)
         np.subtract(x, column, p)
@@ -360,15 +365,16 @@ class _CrossEntropyByRows:
             p.dot(self._ones, total)
         np.log(total, loss)
         np.subtract(loss, picked, loss)
+        if self._ones is not None:
+            np.divide(self._share, total, total)
 
     def _derive(self, p: Array, total: Array, picked: Array, place: Array) -> None:
-        """Let p be the gradient, of exponentials and their sums."""
+        """Let p be the gradient."""
         column, flat, share = total[:, None], p.reshape(-1), self._share
         if self._ones is None:
             np.divide(p, column, p)
             share = self._one
         else:
-            np.divide(share, total, total)
             np.multiply(p, column, p)
         flat.take(place, None, picked, "clip")
         np.subtract(picked, share, picked)
@@ -388,6 +394,6 @@ def _exponents(x: Array) -> Array:
 
 
 def _ordinary(x: Array) -> bool:
-    """Tell whether numbers that are not negative are neither NaN nor near what a type can hold."""
-    found = _exponents(x).tobytes()
-    return not (0 in found or 127 in found or 255 in found)
+    """Tell whether numbers are neither NaN nor near what a type can hold, whatever their signs."""
+    found = (_exponents(x) & 127).tobytes()
+    return not (0 in found or 127 in found)

@@ -15,8 +15,9 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._backend import Array, Module
+from tapegrad._function.gradients import gathering_for
 from tapegrad._function.program import Program, Step, Value, makers_of
-from tapegrad._function.rewrites import Rewrite, overlap
+from tapegrad._function.rewrites import Rewrite
 from tapegrad.kernels import gemm_update as kernels
 from tapegrad.primitive import Primitive, Update
 from tapegrad.tensor import wrap
@@ -43,7 +44,9 @@ def _update_in_products(program: Program) -> None:
     uses, made_by = program.uses(), makers_of(program.steps)
     instead: dict[Step, list[Step]] = {}
     for update in program.steps:
-        gather = _gathered_for(program, update)
+        if update.name not in _RULES or update.params.get("nesterov"):
+            continue
+        gather = gathering_for(program, update)
         if gather is None:
             continue
         products: dict[int, Step] = {}  # by the gradient's number
@@ -55,26 +58,6 @@ def _update_in_products(program: Program) -> None:
             instead.update(_rewritten(gather, update, products))
     if instead:
         program.steps = [new for step in program.steps for new in instead.get(step, [step])]
-
-
-def _gathered_for(program: Program, update: Step) -> Step | None:
-    """Return the step that gathers what an update takes, if that is all that reads it.
-
-    What scales gradients before, or clips them, reads them too.
-    """
-    if update.name not in _RULES or update.params.get("nesterov"):
-        return None
-    flat = update.inputs[0].source
-    found = None
-    for step in program.steps:
-        for x in step.values():
-            if step is not update and x.kind == "read" and overlap(x.source, flat):
-                return None
-        if any(overlap(v, flat) for v in step.writes):
-            if found is not None or step.name != "gather_gradients" or step.writes[0] is not flat:
-                return None
-            found = step
-    return found
 
 
 def _can_update(product: Step, update: Step) -> bool:

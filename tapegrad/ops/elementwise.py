@@ -1,4 +1,4 @@
-"""Elementwise operations: arithmetic, powers, exponentials, trigonometry, choices, comparisons."""
+"""Elementwise operations: arithmetic, powers, exponentials, trigonometry, choices, types."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tapegrad.kernels import elementwise as kernels
 from tapegrad.linear import add as _add
 from tapegrad.linear import cast as _cast
 from tapegrad.linear import zeros_like as _zeros_like
+from tapegrad.ops import logic
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import ArrayLike, Operand, Tensor
 
@@ -29,14 +30,21 @@ def _scale(xp: Module, g: Any, d: Any) -> Array:
     elif xp is np and not (holds_nan(y) if y.ndim else y != y):
         return y
     # On a GPU asking costs more (a synchronisation) than choosing.
-    return xp.where(g == 0, y.dtype.type(0), y)
+    return _with_zeros(xp, y, g == 0)
 
 
 def _scale_both(xp: Module, a: Any, b: Any) -> Array:
     y = a * b
     if xp is np and not (holds_nan(y) if y.ndim else y != y):
         return y
-    return xp.where((a == 0) | (b == 0), y.dtype.type(0), y)
+    return _with_zeros(xp, y, (a == 0) | (b == 0))
+
+
+def _with_zeros(xp: Module, y: Any, wins: Any) -> Array:
+    """Return a product with 0 where a zero factor wins."""
+    if xp is np:  # a zero that the product gave keeps its sign, as where no NaN was met
+        wins = wins & (y != y)
+    return xp.where(wins, y.dtype.type(0), y)
 
 
 def holds_nan(y: Any) -> bool:
@@ -241,7 +249,7 @@ def _power_vjp_x2(g: Tensor, y: Any, x1: Any, _x2: Any) -> Tensor:
     # a power for integer exponents only, where no derivative exists.
     if type(x1) in (float, int):
         return scale(g, _multiply(y, math.log(x1) if x1 > 0 else 0.0))
-    return scale(g, _multiply(y, _log(where(_greater(x1, 0), x1, 1))))
+    return scale(g, _multiply(y, _log(where(logic.greater(x1, 0), x1, 1))))
 
 
 def _power_forward(xp: Module, x1: Any, x2: Any) -> Array:
@@ -270,7 +278,7 @@ _reciprocal: Primitive = primitive(
 
 def _hypot_vjp(g: Tensor, y: Any, x: Any) -> Tensor:
     # At the origin 0, the sub-gradient of least norm.
-    return scale(g, _divide(x, where(_equal(y, 0), 1, y)))
+    return scale(g, _divide(x, where(logic.equal(y, 0), 1, y)))
 
 
 _hypot: Primitive = primitive(
@@ -371,7 +379,7 @@ _log1p: Primitive = primitive(
 
 def _logaddexp_share(x: Any, other: Any) -> Tensor:
     """Return exp(x) / (exp(x) + exp(other)), 0 where both are the same infinity."""
-    both_infinite = _logical_and(_equal(x, other), _isinf(x))
+    both_infinite = logic.logical_and(logic.equal(x, other), logic.isinf(x))
     difference = where(both_infinite, math.inf, _subtract(other, x))
     return _reciprocal(_add(_exp(difference), 1))
 
@@ -395,7 +403,9 @@ _xlogy: Primitive = primitive(
     "xlogy",
     _xlogy_forward,
     # log(x2), but 0 at (0, 0), where xlogy(x, x) is meant to have the derivative 0.
-    lambda g, _y, x1, x2: scale(g, _log(where(_logical_and(_equal(x1, 0), _equal(x2, 0)), 1, x2))),
+    lambda g, _y, x1, x2: scale(
+        g, _log(where(logic.logical_and(logic.equal(x1, 0), logic.equal(x2, 0)), 1, x2))
+    ),
     lambda g, _y, x1, x2: scale(g, scale(x1, _divide(1, x2))),
 )
 
@@ -516,7 +526,7 @@ _atan: Primitive = primitive(
 def _atan2_share(x: Any, x1: Any, x2: Any) -> Tensor:
     """Return x / (x1**2 + x2**2), and 0 at the origin, where the angle has no slope."""
     squares = _add(_square(x1), _square(x2))
-    return _divide(x, where(_equal(squares, 0), 1, squares))
+    return _divide(x, where(logic.equal(squares, 0), 1, squares))
 
 
 _atan2: Primitive = primitive(
@@ -700,14 +710,14 @@ _minimum: Primitive = primitive(
 _clip_below: Primitive = primitive(
     "clip_below",
     lambda xp, x, low: xp.maximum(x, low),
-    lambda g, _y, x, low: where(_greater_equal(x, low), g, 0),
-    lambda g, _y, x, low: where(_less(x, low), g, 0),
+    lambda g, _y, x, low: where(logic.greater_equal(x, low), g, 0),
+    lambda g, _y, x, low: where(logic.less(x, low), g, 0),
 )
 _clip_above: Primitive = primitive(
     "clip_above",
     lambda xp, x, high: xp.minimum(x, high),
-    lambda g, _y, x, high: where(_less_equal(x, high), g, 0),
-    lambda g, _y, x, high: where(_greater(x, high), g, 0),
+    lambda g, _y, x, high: where(logic.less_equal(x, high), g, 0),
+    lambda g, _y, x, high: where(logic.greater(x, high), g, 0),
 )
 _where: Primitive = primitive(
     "where",
@@ -907,210 +917,6 @@ def erf(x: ArrayLike, /) -> Tensor:
     tg.Tensor([0. 1.], shape=(2,), dtype=float32)
     """
     return _erf(x)
-
-
-# ---- comparisons and logic: boolean results, no gradients
-
-_equal: Primitive = primitive("equal", lambda xp, x1, x2: x1 == x2, None, None)
-_not_equal: Primitive = primitive("not_equal", lambda xp, x1, x2: x1 != x2, None, None)
-_less: Primitive = primitive("less", lambda xp, x1, x2: x1 < x2, None, None)
-_less_equal: Primitive = primitive("less_equal", lambda xp, x1, x2: x1 <= x2, None, None)
-_greater: Primitive = primitive("greater", lambda xp, x1, x2: x1 > x2, None, None)
-_greater_equal: Primitive = primitive("greater_equal", lambda xp, x1, x2: x1 >= x2, None, None)
-_logical_and: Primitive = primitive(
-    "logical_and", lambda xp, x1, x2: xp.logical_and(x1, x2), None, None
-)
-_logical_or: Primitive = primitive(
-    "logical_or", lambda xp, x1, x2: xp.logical_or(x1, x2), None, None
-)
-_logical_xor: Primitive = primitive(
-    "logical_xor", lambda xp, x1, x2: xp.logical_xor(x1, x2), None, None
-)
-_logical_not: Primitive = primitive("logical_not", lambda xp, x: xp.logical_not(x), None)
-_bitwise_and: Primitive = primitive("bitwise_and", lambda xp, x1, x2: x1 & x2, None, None)
-_bitwise_or: Primitive = primitive("bitwise_or", lambda xp, x1, x2: x1 | x2, None, None)
-_bitwise_xor: Primitive = primitive("bitwise_xor", lambda xp, x1, x2: x1 ^ x2, None, None)
-_bitwise_invert: Primitive = primitive("bitwise_invert", lambda xp, x: ~x, None)
-_isfinite: Primitive = primitive("isfinite", lambda xp, x: xp.isfinite(x), None)
-_isinf: Primitive = primitive("isinf", lambda xp, x: xp.isinf(x), None)
-_isnan: Primitive = primitive("isnan", lambda xp, x: xp.isnan(x), None)
-
-
-def equal(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether x1 == x2, element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.equal([1.0, 2.0], 1.0))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _equal(x1, x2)
-
-
-def not_equal(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether x1 != x2, element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.not_equal([1.0, 2.0], 1.0))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _not_equal(x1, x2)
-
-
-def less(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether x1 < x2, element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.less([1.0, 2.0], 2.0))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _less(x1, x2)
-
-
-def less_equal(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether x1 <= x2, element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.less_equal([1.0, 2.0], 1.0))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _less_equal(x1, x2)
-
-
-def greater(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether x1 > x2, element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.greater([1.0, 2.0], 1.0))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _greater(x1, x2)
-
-
-def greater_equal(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether x1 >= x2, element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.greater_equal([1.0, 2.0], 2.0))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _greater_equal(x1, x2)
-
-
-def logical_and(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether both are true (not 0), element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.logical_and([True, False], True))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _logical_and(x1, x2)
-
-
-def logical_or(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether one is true (not 0), element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.logical_or([True, False], False))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _logical_or(x1, x2)
-
-
-def logical_xor(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return whether exactly one is true (not 0), element by element.
-
-    Raises `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.logical_xor([True, False], False))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _logical_xor(x1, x2)
-
-
-def logical_not(x: ArrayLike, /) -> Tensor:
-    """Return whether each element is false (0).
-
-    >>> print(tg.logical_not([True, False]))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _logical_not(x)
-
-
-def bitwise_and(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return x1 & x2 on integers or booleans, element by element.
-
-    Raises `TypeError` for floats, `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.bitwise_and([1, 3], 2))
-    tg.Tensor([0 2], shape=(2,), dtype=int64)
-    """
-    return _bitwise_and(x1, x2)
-
-
-def bitwise_or(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return x1 | x2 on integers or booleans, element by element.
-
-    Raises `TypeError` for floats, `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.bitwise_or([1, 3], 2))
-    tg.Tensor([3 3], shape=(2,), dtype=int64)
-    """
-    return _bitwise_or(x1, x2)
-
-
-def bitwise_xor(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
-    """Return x1 ^ x2 on integers or booleans, element by element.
-
-    Raises `TypeError` for floats, `ValueError` for shapes that do not broadcast.
-
-    >>> print(tg.bitwise_xor([1, 3], 2))
-    tg.Tensor([3 1], shape=(2,), dtype=int64)
-    """
-    return _bitwise_xor(x1, x2)
-
-
-def bitwise_invert(x: ArrayLike, /) -> Tensor:
-    """Return ~x on integers or booleans, element by element; raises `TypeError` for floats.
-
-    >>> print(tg.bitwise_invert([True, False]))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _bitwise_invert(x)
-
-
-def isfinite(x: ArrayLike, /) -> Tensor:
-    """Return whether each element is neither infinite nor NaN.
-
-    >>> print(tg.isfinite([1.0, float('inf')]))
-    tg.Tensor([ True False], shape=(2,), dtype=bool)
-    """
-    return _isfinite(x)
-
-
-def isinf(x: ArrayLike, /) -> Tensor:
-    """Return whether each element is infinite.
-
-    >>> print(tg.isinf([1.0, float('inf')]))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _isinf(x)
-
-
-def isnan(x: ArrayLike, /) -> Tensor:
-    """Return whether each element is NaN.
-
-    >>> print(tg.isnan([1.0, float('nan')]))
-    tg.Tensor([False  True], shape=(2,), dtype=bool)
-    """
-    return _isnan(x)
 
 
 # ---- types

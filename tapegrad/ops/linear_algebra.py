@@ -22,10 +22,15 @@ from tapegrad.tensor import ArrayLike, Tensor
 
 
 def product(xp: Module, x1: Any, x2: Any) -> Array:
-    """Return x1 @ x2 of arrays; for two matrices the method is 0.5 us faster than the ufunc."""
+    """Return x1 @ x2 of arrays; for two matrices the method is 0.5 us faster than the ufunc.
+
+    But of one element it makes a factor of the other matrix, and BLAS leaves out the product with a
+    factor of 0: NaN and infinities would become 0.
+    """
     kind = np.ndarray
     if xp is np and type(x1) is kind and type(x2) is kind and x1.ndim == x2.ndim == 2:
-        return x1.dot(x2) if x1.dtype.char in "fd" else np.matmul(x1, x2)
+        by_dot = x1.dtype.char in "fd" and x1.size != 1 and x2.size != 1
+        return x1.dot(x2) if by_dot else np.matmul(x1, x2)
     return xp.matmul(x1, x2)
 
 

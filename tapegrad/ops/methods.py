@@ -9,7 +9,7 @@ from tapegrad import _backend
 from tapegrad._index import parse
 from tapegrad.linear import add
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import indexing, linear_algebra, reductions, scans, shape
+from tapegrad.ops import indexing, linear_algebra, logic, reductions, scans, shape
 from tapegrad.primitive import NotConvertible, Primitive
 from tapegrad.tensor import Operand, Tensor
 from tapegrad.variable import Variable, VariableSlice
@@ -54,23 +54,23 @@ _BINARY: dict[str, Callable[[Any, Any], Tensor]] = {
     "mod": ew._remainder,
     "pow": ew._power,
     "matmul": linear_algebra.matmul,
-    "and": ew._bitwise_and,
-    "or": ew._bitwise_or,
-    "xor": ew._bitwise_xor,
+    "and": logic._bitwise_and,
+    "or": logic._bitwise_or,
+    "xor": logic._bitwise_xor,
 }
 _COMPARISONS: dict[str, Callable[[Any, Any], Tensor]] = {
-    "eq": ew._equal,
-    "ne": ew._not_equal,
-    "lt": ew._less,
-    "le": ew._less_equal,
-    "gt": ew._greater,
-    "ge": ew._greater_equal,
+    "eq": logic._equal,
+    "ne": logic._not_equal,
+    "lt": logic._less,
+    "le": logic._less_equal,
+    "gt": logic._greater,
+    "ge": logic._greater_equal,
 }
 _UNARY: dict[str, Callable[[Any], Tensor]] = {
     "neg": ew.negative,
     "pos": ew.positive,
     "abs": ew.abs,
-    "invert": ew.bitwise_invert,
+    "invert": logic.bitwise_invert,
 }
 _METHODS: tuple[Callable[..., Any], ...] = (
     reductions.sum,

@@ -10,7 +10,7 @@ import numpy as np
 
 from tapegrad._recording import is_recording
 from tapegrad._structure import flatten, map_structure
-from tapegrad.ops import creation, indexing, linear_algebra, reductions, scans, shape
+from tapegrad.ops import creation, indexing, linear_algebra, logic, reductions, scans, shape
 from tapegrad.ops import elementwise as ew
 from tapegrad.tensor import Operand
 
@@ -59,23 +59,23 @@ _UFUNCS: dict[np.ufunc, Callable[..., Any]] = {
     np.ceil: ew.ceil,
     np.rint: ew.round,
     np.trunc: ew.trunc,
-    np.equal: ew.equal,
-    np.not_equal: ew.not_equal,
-    np.less: ew.less,
-    np.less_equal: ew.less_equal,
-    np.greater: ew.greater,
-    np.greater_equal: ew.greater_equal,
-    np.logical_and: ew.logical_and,
-    np.logical_or: ew.logical_or,
-    np.logical_xor: ew.logical_xor,
-    np.logical_not: ew.logical_not,
-    np.bitwise_and: ew.bitwise_and,
-    np.bitwise_or: ew.bitwise_or,
-    np.bitwise_xor: ew.bitwise_xor,
-    np.invert: ew.bitwise_invert,
-    np.isfinite: ew.isfinite,
-    np.isinf: ew.isinf,
-    np.isnan: ew.isnan,
+    np.equal: logic.equal,
+    np.not_equal: logic.not_equal,
+    np.less: logic.less,
+    np.less_equal: logic.less_equal,
+    np.greater: logic.greater,
+    np.greater_equal: logic.greater_equal,
+    np.logical_and: logic.logical_and,
+    np.logical_or: logic.logical_or,
+    np.logical_xor: logic.logical_xor,
+    np.logical_not: logic.logical_not,
+    np.bitwise_and: logic.bitwise_and,
+    np.bitwise_or: logic.bitwise_or,
+    np.bitwise_xor: logic.bitwise_xor,
+    np.invert: logic.bitwise_invert,
+    np.isfinite: logic.isfinite,
+    np.isinf: logic.isinf,
+    np.isnan: logic.isnan,
     np.matmul: linear_algebra.matmul,
 }
 _REDUCTIONS: dict[np.ufunc, Callable[..., Any]] = {

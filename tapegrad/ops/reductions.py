@@ -11,6 +11,7 @@ from tapegrad._backend import Array, Module
 from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
+from tapegrad.ops import logic
 from tapegrad.ops.arguments import as_tensor, normalize_axes, normalize_axis
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import ArrayLike, Tensor
@@ -121,7 +122,7 @@ def _euclidean_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims:
 def _euclidean_vjp(g: Tensor, y: Any, x: Any, *, axis: tuple[int, ...], keepdims: bool) -> Tensor:
     # An operation of its own, because sqrt(sum(x * x)) has the derivative inf * 0 at the origin:
     # here it is 0, the sub-gradient of least norm.
-    length = ew.where(ew.equal(y, 0), 1, y)
+    length = ew.where(logic.equal(y, 0), 1, y)
     return ew.scale(spread(g, x, axis), ew.divide(x, spread(length, x, axis)))
 
 
@@ -160,10 +161,10 @@ def norm(
     if ord == -math.inf:
         return min(ew.abs(x), axis=axes, keepdims=keepdims)
     if ord == 0:
-        return sum(ew.astype(ew.not_equal(x, 0), x.dtype), axis=axes, keepdims=keepdims)
+        return sum(ew.astype(logic.not_equal(x, 0), x.dtype), axis=axes, keepdims=keepdims)
     total = sum(ew.power(ew.abs(x), ord), axis=axes, keepdims=keepdims)
     # The root's slope at 0 is infinite; where all elements are 0 the norm's gradient is 0.
-    zero = ew.equal(total, 0)
+    zero = logic.equal(total, 0)
     return ew.where(zero, 0, ew.power(ew.where(zero, 1, total), 1 / ord))
 
 
@@ -244,7 +245,9 @@ def _logsumexp_vjp(g: Tensor, _y: Any, x: Any, *, axis: tuple[int, ...], keepdim
     # The softmax by its definition: exp(x - y) would carry the rounding of a large y.
     shares = ew.exp(ew.subtract(x, _finite_max(x, axis=axis)))
     total = sum(shares, axis=axis, keepdims=True)
-    return ew.scale(spread(g, x, axis), ew.divide(shares, ew.where(ew.equal(total, 0), 1, total)))
+    return ew.scale(
+        spread(g, x, axis), ew.divide(shares, ew.where(logic.equal(total, 0), 1, total))
+    )
 
 
 _logsumexp: Primitive = primitive("logsumexp", _logsumexp_forward, _logsumexp_vjp)

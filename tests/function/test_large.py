@@ -53,7 +53,7 @@ def test_random_programs_rewritten(seed, everything_is_large):
 @pytest.mark.parametrize(
     "special",
     [0.0, np.nan, -np.nan, -np.inf, np.inf, 800.0, -800.0, [-800.0, 0.0, 1.0], [800.0, 0.0, -1.0],
-     [709.5, 709.5, 709.5], [-708.0, -708.0, 0.0]],
+     [709.5, 709.5, 709.5], [-708.0, -708.0, 0.0], [-500.0, 500.0, 0.0]],
 )  # fmt: skip
 def test_cross_entropy_by_rows(reduction, special, everything_is_large):
     rng = np.random.default_rng(4)
@@ -74,6 +74,27 @@ def test_cross_entropy_by_rows(reduction, special, everything_is_large):
         for _ in range(4):
             assert_same(f(labels), want, rtol=1e-14)
     assert "softmax_cross_entropy" in f.explain_program()
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 1e-3])
+@pytest.mark.parametrize("offset", [-80.0, 0.0, 60.0, 80.0, 84.0])
+def test_gradients_of_exponentials_near_the_ends(offset, factor, everything_is_large):
+    """What the exponentials are multiplied by is not rounded to few bits."""
+    rng = np.random.default_rng(4)
+    near, labels = rng.normal(size=(70, 5)).astype("f4"), tg.constant(rng.integers(0, 5, 70))
+
+    def step(x):
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            loss = tg.sum(tg.nn.softmax_cross_entropy(x, labels, reduction="none")) * factor
+        return tape.gradient(loss, x)
+
+    f = tg.function(step)
+    x = tg.constant(near + np.float32(offset))
+    for _ in range(4):
+        got = f(x)
+    assert "softmax_cross_entropy" in f.explain_program()
+    assert_same(got, step(x), 4e-6)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7, 24, 25, 70, 71])  # from 64 on rows are spread
@@ -131,8 +152,10 @@ def test_ordinary_numbers(dtype):
     info = np.finfo(dtype)
     for x in (1.0, 1e-30, 1e30, float(info.tiny) * 2**20, float(info.max) / 2**20):
         assert softmax_calls._ordinary(np.array([1.0, x, 1.0], dtype))
+        assert softmax_calls._ordinary(np.array([1.0, -x, 1.0], dtype))
     for x in (0.0, info.smallest_subnormal, info.tiny, info.max, np.inf, np.nan, -np.nan):
         assert not softmax_calls._ordinary(np.array([1.0, x, 1.0], dtype))
+        assert not softmax_calls._ordinary(np.array([1.0, -x, 1.0], dtype))
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
@@ -165,6 +188,26 @@ def test_products_in_which_zero_wins(name, meaning, dtype, times):
             np.testing.assert_array_equal(out, meaning.forward(np, a[part], b[part]))
 
 
+@pytest.mark.parametrize("function", [tg.log, tg.nn.relu, lambda x: x / x])
+def test_signs_of_zeros_do_not_depend_on_the_block(function, everything_is_large):
+    """A NaN in another block, or none: a zero that a product gave keeps its sign."""
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(40, 3)), np.resize([0.0, -0.0, 1.0, -1.0], (40, 3))
+    x[5, 1], g[5, 1], x[17, 2], g[17, 2] = 0.0, 0.0, np.nan, -1.0
+
+    def step(x, g):
+        with tg.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x, output_gradients=g)
+
+    with rewritten(False), np.errstate(all="ignore"):
+        f = tg.function(step)
+        for _ in range(4):
+            assert_same(f(tg.constant(x), tg.constant(g)), step(tg.constant(x), tg.constant(g)))
+    assert "run" in f.explain_program()
+
+
 def plain_gelu(x):
     return 0.5 * x * (1.0 + tg.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
 
@@ -191,6 +234,43 @@ def test_a_chain_is_one_run(rewrites, everything_is_large):
     assert np.isnan(want.numpy()).any()
     assert len(re.findall(r"run\d+\(", f.explain_program())) == 1
     assert f.programs[0].arena == 0
+
+
+VIEWS = {
+    "transpose": tg.transpose,
+    "rows reversed": lambda g: g[::-1],
+    "columns reversed": lambda g: g[:, ::-1],
+    "first row": lambda g: g[0],
+    "last column": lambda g: g[:, -1:],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_gradients_in_the_optimizers_buffer(name, everything_is_large):
+    """A block of the transpose needs all blocks of what it shows."""
+    view, inputs = VIEWS[name], np.random.default_rng(1).normal(size=(5, 8, 8))
+
+    def run(compiled):
+        w = tg.Variable(np.random.default_rng(0).normal(size=(8, 8)))
+        mixed = tg.Variable(np.zeros((8, 8)), trainable=False)
+        optimizer = tg.optimizers.SGD(0.1)
+
+        def step(x):
+            with tg.GradientTape() as tape:
+                loss = tg.sum(tg.tanh(w * x) * x)
+            g = tape.gradient(loss, w)
+            y = view(g) - g * g
+            optimizer.apply_gradients([(g, w)])
+            mixed.assign(y)
+
+        f = tg.function(step) if compiled else step
+        found = []
+        for x in inputs:
+            f(tg.constant(x))
+            found += [+w, +mixed]
+        return found
+
+    assert_same(run(True), run(False), rtol=1e-13)
 
 
 def test_runs_share_their_scratch(everything_is_large, monkeypatch):

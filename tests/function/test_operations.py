@@ -185,3 +185,15 @@ def test_cross_entropy_of_targets_in_special_rows(with_gradient, dtype):
         args = tg.constant(z[rows]), tg.constant(t[rows])
         with np.errstate(all="ignore"):
             assert_same(replayed(loss, *args), loss(*args))
+
+
+@pytest.mark.parametrize("number", [-1, 300, 2**40])
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u4", "u8"])
+def test_integers_that_a_type_does_not_hold(dtype, number):
+    """NumPy compares with them, and `where` wraps them."""
+    x = tg.constant(np.array([0, 1, 7, 100], dtype))
+    assert_same(
+        replayed(lambda x: [x < number, number >= x, tg.not_equal(x, number)], x),
+        [x < number, number >= x, tg.not_equal(x, number)],
+    )
+    assert_same(replayed(lambda x: tg.where(x > 1, x, number), x), tg.where(x > 1, x, number))

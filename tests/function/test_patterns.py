@@ -711,8 +711,8 @@ SWITCHES = {
 
 
 def test_the_table_is_whole():
-    # tests/kernels/test_chains.py, test_rewrites.py, tests/gpu/test_updates.py
-    elsewhere = {"chains", "layout", "updates"}
+    # tests/kernels/test_chains.py, test_rewrites.py, tests/gpu/test_updates.py, test_learning_rates
+    elsewhere = {"chains", "layout", "updates", "learning rates"}
     elsewhere |= epilogues.REWRITES.keys()  # test_epilogues.py
     assert {*SWITCHES, *elsewhere} == set(simplify.TABLE)
 

@@ -206,7 +206,8 @@ def test_products_suit_the_sizes_of_a_network(widths, layers, thin):
     program = f.programs[0]
     names = {n: a for n, a in program._call.__globals__.items() if isinstance(a, np.ndarray)}
     for line in re.findall(r"multiply\((\w+), (\w+), (\w+)\)", text):
-        layouts = {names[n].flags.c_contiguous for n in line if names[n].ndim == 2}
+        arrays = [names[n] for n in line if n in names]  # but for a learning rate
+        layouts = {array.flags.c_contiguous for array in arrays if array.ndim == 2}
         assert len(layouts) < 2, line
 
 
@@ -285,6 +286,27 @@ def test_logits_far_from_zero(offset, reduction, scale, batch, spread, dtype):
     assert_same(got[1:], want[1:], (roundings + batch / 16) * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("dtype", "far"), [("f4", 60.0), ("f8", 500.0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_far_apart(reduction, dtype, far):
+    """Each exponential is a number like others; their ratio is more than any."""
+    x, labels = tg.constant(np.array([[far], [0.5]], dtype)), tg.constant([1, 0])
+    w, b = tg.Variable(np.array([[1.0, -1.0]], dtype)), tg.Variable(np.zeros(2, dtype))
+    optimizer = tg.optimizers.SGD(0.0)
+
+    def step(x, labels):
+        with tg.GradientTape() as tape:
+            y = tg.nn.linear(x, w, b)
+            loss = tg.sum(tg.nn.softmax_cross_entropy(y, labels, reduction=reduction))
+        optimizer.apply(tape.gradient(loss, [w, b]), [w, b])
+        return loss
+
+    f = tg.function(step)
+    for _ in range(4):
+        assert_same(f(x, labels), step(x, labels), 4 * np.finfo(dtype).eps)
+    assert "maximum_reduce" not in f.explain_program()
+
+
 @pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
 @pytest.mark.parametrize("logit", [-60.0, -75.0, -80.0, -86.0, -100.0])
 def test_a_label_that_is_hardly_possible(logit, scale):
@@ -356,6 +378,12 @@ def test_memory_has_one_name():
     ]
     assert len(shown) > 10
     assert len(set(shown)) == len(shown)
+
+
+def test_captured_numbers_are_not_taken_for_each_other():
+    """As NumPy's scalars they have no memory of their own that could tell which is which."""
+    numbers = [tg.constant(float(k)) for k in range(20)]
+    text_of(lambda x: [x * k for k in numbers] + [x[0] - k for k in numbers], X)
 
 
 def classifier(widths, batch, parts=1):
@@ -566,3 +594,64 @@ def test_what_is_often_careful_begins_so_for_a_while():
     assert beginnings(near, 5) == 5
     assert beginnings(far, 8 + 100) == 8
     assert beginnings(near, 30) == 2
+
+
+def ones_with_a_nan():
+    x = np.ones((2, 3))
+    x[0, 0] = np.nan
+    return tg.constant(x)
+
+
+@pytest.mark.parametrize("hides", ["zero upstream", "label that is ignored"])
+def test_a_nan_that_no_result_shows(hides):
+    """ReLU's gradient is 0 at NaN, also where no result of the step says that there is one."""
+    mask, labels = tg.constant([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]]), tg.constant([9, 1])
+
+    def step(x, q):
+        with tg.GradientTape() as tape:
+            tape.watch([x, q])
+            h = tg.nn.relu(x)
+            if hides == "zero upstream":
+                loss = shown = tg.sum(mask * (h * q))
+            else:
+                loss = shown = tg.nn.softmax_cross_entropy(h * q, labels, ignore_label=9)
+            loss = loss + tg.sum(3.0 * h)
+        of_x, of_q = tape.gradient(loss, [x, q])
+        return (tg.sum(of_q) if hides == "zero upstream" else shown), of_x
+
+    x, q = tg.ones((2, 3), dtype="f8"), tg.constant(np.full((2, 3), 2.0))
+    f = tg.function(step)
+    for given in (x, x, x, ones_with_a_nan(), x):
+        want = step(given, q)
+        assert_same(f(given, q), want, 1e-14)
+    assert not np.isnan(want[0])
+
+
+def test_zeros_of_both_signs_are_no_single_number():
+    zeros = tg.constant([0.0, -0.0, 0.0])
+    with np.errstate(divide="ignore"):
+        text_of(lambda x: (x / zeros, tg.where(x > 0.0, -zeros, x * 0.0) + zeros), X)
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_one_example_and_one_output_keep_what_is_not_finite(features):
+    """The gradient of a kernel is NaN where 0 meets infinity, also beside that of the bias."""
+    w, b = tg.Variable(-np.ones((features, 1))), tg.Variable(np.zeros(1))
+    optimizer = tg.optimizers.SGD(0.1)
+
+    def step(x):
+        with tg.GradientTape() as tape:
+            loss = tg.sum(3.0 * tg.nn.linear_relu(x, w, b))
+        gradients = tape.gradient(loss, [w, b])
+        optimizer.apply(gradients, [w, b])
+        found = [loss, +w, +b]
+        w.assign(-np.ones((features, 1)))
+        return found
+
+    f = tg.function(step)
+    for value in (1.0, 1.0, 1.0, np.inf, 2.0):
+        x = tg.constant(np.full((1, features), value))
+        with np.errstate(invalid="ignore"):
+            want = step(x)
+            assert_same(f(x), want, 1e-14)
+        assert np.isnan(want[1]).all() == (value == np.inf)

@@ -411,9 +411,12 @@ SMALL = "not 50257 and not 100003 and not 100001 and not 8200 and not every_kern
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     found = sanitizer()
     assert found is not None
+    # Calls that fail are no finding: libraries ask the driver what it has by trying, and what
+    # matters CuPy raises. Kernels of others are not looked at, but for what they have written.
+    ours = () if tool == "initcheck" else ("--kernel-regex", "kns=tapegrad")
     done = subprocess.run(
         [
-            *(found, "--tool", tool, "--error-exitcode", "99"),
+            *(found, "--tool", tool, "--error-exitcode", "99", "--report-api-errors", "no", *ours),
             *(sys.executable, "-m", "pytest", "-q", "tests/gpu/test_kernels.py", "-k", SMALL),
         ],
         cwd=ROOT,
