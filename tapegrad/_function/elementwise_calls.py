@@ -11,61 +11,24 @@ from tapegrad._function.lowering import Lowering, Place, lowers, static, static_
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
 
-_UFUNCS = {
-    "add": "add",
-    "subtract": "subtract",
-    "multiply": "multiply",
-    "divide": "divide",
-    "maximum": "maximum",
-    "minimum": "minimum",
+_SAME_NAME = (
+    "add subtract multiply divide maximum minimum negative positive sqrt exp exp2 expm1 log "
+    "log2 log10 log1p logaddexp hypot sin cos tan sinh cosh tanh sign floor ceil trunc "
+    "floor_divide remainder equal not_equal less less_equal greater greater_equal logical_and "
+    "logical_or logical_xor logical_not isfinite isinf isnan"
+)
+_UFUNCS = {name: name for name in _SAME_NAME.split()} | {
     "clip_below": "maximum",
     "clip_above": "minimum",
-    "negative": "negative",
-    "positive": "positive",
-    "sqrt": "sqrt",
-    "exp": "exp",
-    "exp2": "exp2",
-    "expm1": "expm1",
-    "log": "log",
-    "log2": "log2",
-    "log10": "log10",
-    "log1p": "log1p",
-    "logaddexp": "logaddexp",
-    "hypot": "hypot",
-    "sin": "sin",
-    "cos": "cos",
-    "tan": "tan",
     "asin": "arcsin",
     "acos": "arccos",
     "atan": "arctan",
     "atan2": "arctan2",
-    "sinh": "sinh",
-    "cosh": "cosh",
-    "tanh": "tanh",
     "asinh": "arcsinh",
     "acosh": "arccosh",
     "atanh": "arctanh",
     "abs": "absolute",
-    "sign": "sign",
-    "floor": "floor",
-    "ceil": "ceil",
     "round": "rint",
-    "trunc": "trunc",
-    "floor_divide": "floor_divide",
-    "remainder": "remainder",
-    "equal": "equal",
-    "not_equal": "not_equal",
-    "less": "less",
-    "less_equal": "less_equal",
-    "greater": "greater",
-    "greater_equal": "greater_equal",
-    "logical_and": "logical_and",
-    "logical_or": "logical_or",
-    "logical_xor": "logical_xor",
-    "logical_not": "logical_not",
-    "isfinite": "isfinite",
-    "isinf": "isinf",
-    "isnan": "isnan",
 }
 # On NumPy scalars the operators take a tenth of what ufuncs take.
 _OPERATORS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}

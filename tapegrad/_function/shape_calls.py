@@ -17,11 +17,13 @@ from tapegrad.tape import Spec
 # ---- shapes: views, as long as what they show stays where it is
 
 
-def _view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
+def _view(
+    b: Lowering, step: Step, view: Callable[[Array], Array], text: str, *operands: Any
+) -> bool:
     """Let the output be a view of the input."""
     x, y = step.inputs[0], step.outputs[0]
     if b.must_be_written(y):
-        return _copied_view(b, step, view, text, *operands)
+        return _copied_view(b, step, text, *operands)
     place = b.of(x)
     if place.kind == "local":
         if not x.shape:
@@ -36,7 +38,7 @@ def _view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool
     return True
 
 
-def _copied_view(b: Lowering, step: Step, view: Any, text: str, *operands: Any) -> bool:
+def _copied_view(b: Lowering, step: Step, text: str, *operands: Any) -> bool:
     x = step.inputs[0]
     if not x.shape or not step.outputs[0].shape:
         return False
@@ -104,40 +106,22 @@ def _reshape(b: Lowering, step: Step) -> bool:
     x, y = step.inputs[0], step.outputs[0]
     if not x.shape or not y.shape:
         return False
-    place = b.of(x)
-    if place.kind == "local" and not b.must_be_written(y):
-        return _view(b, step, None, "{}.reshape({})", y.shape)
+    place, shape = b.of(x), y.shape
     contiguous = place.array is None or place.array.flags.c_contiguous
-    if place.root is place and contiguous and not b.must_be_written(y):
-        b.set(y, b.view(place, y.shape, _reshaper(y.shape)))
-        return True
-    out = b.out(step)
-    b.line("{}[...] = {}.reshape({})", out, place, y.shape)
-    return True
+    if place.kind == "local" or (place.root is place and contiguous):
+        return _view(b, step, lambda a: a.reshape(shape), "{}.reshape({})", shape)
+    return _copied_view(b, step, "{}.reshape({})", shape)
 
 
-def _reshaper(shape: tuple[int, ...]) -> Callable[[Array], Array]:
-    return lambda array: array.reshape(shape)
-
-
-def _zeroed(b: Lowering, step: Step, index: Any) -> bool:
+@lowers("place", "place_row")
+def _place(b: Lowering, step: Step) -> bool:
     if not step.inputs[0].shape:
         return False
     x = b.of(step.inputs[0])
     out = b.out(step)
     b.line("{}.fill(0)", out)
-    b.line("{}[{}] = {}", out, index, x)
+    b.line("{}[{}] = {}", out, step.params["index"], x)
     return True
-
-
-@lowers("place_row")
-def _place_row(b: Lowering, step: Step) -> bool:
-    return _zeroed(b, step, step.params["index"])
-
-
-@lowers("place")
-def _place(b: Lowering, step: Step) -> bool:
-    return _zeroed(b, step, step.params["index"])
 
 
 @lowers("stack")
