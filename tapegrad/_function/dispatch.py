@@ -300,15 +300,13 @@ class _Surroundings:
     """The numbers that a function finds around itself: its closure, defaults and globals."""
 
     def __init__(self, function: Any) -> None:
-        function = inspect.unwrap(function)
-        function = getattr(function, "__func__", function)
-        code = getattr(function, "__code__", None)
-        self._function = function if code is not None else None
-        self._space = getattr(function, "__globals__", {})
-        self._closure = list(getattr(function, "__closure__", None) or ())
-        self._all_names = sorted(set(_names(code))) if code is not None else []
+        self._functions = list(_functions_in(function))
+        self._closure = [cell for f in self._functions for cell in f.__closure__ or ()]
+        self._all_names = [
+            (f.__globals__, n) for f in self._functions for n in sorted(set(_names(f.__code__)))
+        ]
         self._cells: list[Any] = []
-        self._names: list[str] = []
+        self._names: list[tuple[dict[str, Any], str]] = []
         self.look()
 
     def look(self) -> bool:
@@ -316,19 +314,27 @@ class _Surroundings:
 
         A global may be defined after the function is.
         """
-        cells = [cell for cell in self._closure if _may_hold_number(cell)]
-        space = self._space
-        names = [n for n in self._all_names if n in space and type(space[n]) in _NUMBERS]
-        before = *map(id, self._cells), *self._names
-        self._cells, self._names = cells, names
-        return before != (*map(id, cells), *names)
+        before = self._known()
+        self._cells = [cell for cell in self._closure if _may_hold_number(cell)]
+        self._names = [
+            (space, name)
+            for space, name in self._all_names
+            if name in space and type(space[name]) in _NUMBERS
+        ]
+        return before != self._known()
+
+    def _known(self) -> list[Any]:
+        return [*map(id, self._cells), *((id(space), name) for space, name in self._names)]
 
     def __bool__(self) -> bool:
         return bool(self._cells or self._names or self._defaults())
 
     def _defaults(self) -> list[Any]:
-        own = getattr(self._function, "__defaults__", None) or ()
-        return [*own, *(getattr(self._function, "__kwdefaults__", None) or {}).values()]
+        found: list[Any] = []
+        for f in self._functions:
+            found += f.__defaults__ or ()
+            found += (f.__kwdefaults__ or {}).values()
+        return found
 
     def now(self) -> tuple[Any, ...]:
         """Return the numbers as they are now."""
@@ -340,14 +346,29 @@ class _Surroundings:
                 continue
             if type(value) in _NUMBERS:
                 found.append(_number(value))
-        for name in self._names:
-            value = self._space.get(name)
+        for space, name in self._names:
+            value = space.get(name)
             if type(value) in _NUMBERS:
                 found.append(_number(value))
         for value in self._defaults():
             if type(value) in _NUMBERS:
                 found.append(_number(value))
         return tuple(found)
+
+
+def _functions_in(x: Any) -> Iterator[Any]:
+    """Yield the functions in Python that calling x calls: what it wraps, binds or completes."""
+    wrappers: list[Any] = []
+    innermost = inspect.unwrap(x, stop=wrappers.append)
+    for f in (*wrappers, innermost):
+        if isinstance(f, functools.partial):
+            yield from _functions_in(f.func)
+            continue
+        function = getattr(f, "__func__", f)
+        if not hasattr(function, "__code__"):
+            function = type(f).__call__
+        if hasattr(function, "__code__"):
+            yield function
 
 
 def _number(x: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import math
 import warnings
@@ -164,6 +165,31 @@ def test_a_closure_that_changes_after_many_calls():
     f = tg.function(lambda x: x * factor)
     for factor in (2.0, 2.0, 2.0, 2.0, 3.0, 2.0, 3.0, 3.0, 3.0, 3.0, -0.0, 0.0):
         assert_same(f(X), X * factor)
+    assert len(f.programs) == 2
+
+
+@pytest.mark.parametrize("how", ["wrapper", "wrapped", "partial", "object", "method"])
+def test_a_closure_that_changes_inside_of_what_is_called(how):
+    factor = 2.0
+
+    def times(x, offset=0.0):
+        return x * factor + offset
+
+    class Times:
+        def __call__(self, x):
+            return x * factor
+
+    call = {
+        "wrapper": functools.wraps(abs)(lambda x: x * factor),
+        "wrapped": functools.wraps(times)(lambda x: times(x)),
+        "partial": functools.partial(times, offset=1.0),
+        "object": Times(),
+        "method": Times().__call__,
+    }[how]
+    f = tg.function(call)
+    for number in (2.0, 2.0, 2.0, 3.0, 2.0, 3.0, 3.0, 3.0):
+        factor = number
+        assert_same(f(X), call(X))
     assert len(f.programs) == 2
 
 
