@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.device import most_memory_of_cupy
 from benchmarks.peers.base import Ops, Peer, Prepared, Training
 from benchmarks.problems import Net
 
@@ -43,15 +42,6 @@ class ArrayLibrary(Peer):
         """Wait for the GPU."""
         if self.clock:
             self.xp.cuda.Device().synchronize()
-
-    def watch_memory(self) -> None:
-        """Begin to note what CuPy's pools take."""
-        if self.clock:
-            self._most = most_memory_of_cupy()
-
-    def device_bytes(self) -> int | None:
-        """Return what CuPy's pools had at the most."""
-        return self._most() if self.clock else None
 
     def mlp(self, net: Net) -> Training:
         """Return a step as a textbook has it."""

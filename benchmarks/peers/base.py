@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.device import most_memory_of_cupy
 from benchmarks.problems import CHECKED_STEPS, Net, images
 
 
@@ -112,11 +113,13 @@ class Peer:
         return self.array(x[rows]), self.array(y[rows])
 
     def watch_memory(self) -> None:
-        """Begin to note how much of the device's memory is taken, where that costs time."""
+        """Begin to note how much of the device's memory is taken, where nobody else does."""
+        if self.clock == "cupy":
+            self._most_memory = most_memory_of_cupy()
 
     def device_bytes(self) -> int | None:
-        """Return the device memory taken at the most, where the peer knows."""
-        return None
+        """Return the device memory taken at the most, where that is known."""
+        return self._most_memory() if self.clock == "cupy" else None
 
     # ---- the kinds of cases
 

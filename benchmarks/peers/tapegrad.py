@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tapegrad as tg
-from benchmarks.device import most_memory_of_cupy
 from benchmarks.peers.base import Ops, Training, Unsupported
 from benchmarks.peers.taped import TapePeer
 from benchmarks.problems import Net
@@ -48,15 +47,6 @@ class Tapegrad(TapePeer):
         """Wait for the GPU; NumPy has finished when it returns."""
         if self.clock:
             self._cupy.cuda.Device().synchronize()
-
-    def watch_memory(self) -> None:
-        """Begin to note what CuPy's pools take, those of graphs among them."""
-        if self.clock:
-            self._most = most_memory_of_cupy()
-
-    def device_bytes(self) -> int | None:
-        """Return what CuPy's pools had at the most."""
-        return self._most() if self.clock else None
 
     def recorded(self, f: Callable[..., Any], arrays: Sequence[Any]) -> Callable[[], Any]:
         """Return a function that records f on a tape and asks for nothing."""
