@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tapegrad._index import FULL, SLOT
-from tapegrad._recording import state
+from tapegrad._recording import PassRecorder, state
 from tapegrad.formulas import formulas
 from tapegrad.linear import broadcast_to, permute, reshape, row, stack, sum_to
 from tapegrad.primitive import Primitive, primitives
@@ -46,16 +46,13 @@ class _Call(NamedTuple):
         return tuple(self.outputs[0].shape)
 
 
-class Pullback:
+class Pullback(PassRecorder):
     """Listens while `pull_back(seed)` runs, and then does the same for many seeds.
 
     Not through gradients of the user's own, which may look at values and change state.
 
     widest  the bytes of the largest value that depends on the seed.
     """
-
-    lasting = True
-    since = 0
 
     def __init__(
         self, seed: Tensor, pull_back: Callable[[Tensor], Sequence[Tensor | None]]
@@ -64,12 +61,9 @@ class Pullback:
         self._seed = _Varying(seed.id, seed.shape)
         self._varying = {seed.id: self._seed}
         self._calls: list[_Call] = []
-        self._fixed: dict[int, Tensor] = {}  # by id: what the seed is not in
-        outer, state.recorders = state.recorders, [self]
-        try:
+        self._fixed: dict[int, Tensor] = {}  # by id: what the seed is not in, if it was made anew
+        with self.alone():
             answers = pull_back(seed)
-        finally:
-            state.recorders = outer
         self._answers = [None if g is None else self._seen(g) for g in answers]
         # The call that is the last to use a value; answers outlast them all.
         self._ends = {
@@ -104,10 +98,6 @@ class Pullback:
 
     accessed = writing = updated = leaving = copied = created = _object
 
-    def watches(self, _: Any) -> bool:
-        """Say no: what is only for tapes need not be done for a recording."""
-        return False
-
     def __call__(self, seeds: Tensor) -> list[Tensor | None]:
         """Return the answers for all seeds, which lie along the first axis, as theirs do."""
         rows = seeds.shape[0]
@@ -119,16 +109,14 @@ class Pullback:
                 for x in call.inputs:
                     if type(x) is _Varying and self._ends[x] == i:
                         values.pop(x, None)
-            elif call.outputs[0].id not in self._fixed:
+            elif state.recorders and call.outputs[0].id not in self._fixed:
                 self._fixed.update(self._again(call))
         return [None if g is None else self._answer(g, values, rows) for g in self._answers]
 
     def _again(self, call: _Call) -> Iterator[tuple[int, Tensor]]:
-        """Make a call that has nothing to do with the seed anew, if there is who listens now."""
-        results: Any = call.outputs
-        if state.recorders:
-            results = call.primitive(*[self._value(x, {}) for x in call.inputs], **call.params)
-            results = results if type(results) is tuple else (results,)
+        """Make a call that has nothing to do with the seed anew, for those who listen now."""
+        results: Any = call.primitive(*[self._value(x, {}) for x in call.inputs], **call.params)
+        results = results if type(results) is tuple else (results,)
         return zip([y.id for y in call.outputs], results, strict=True)
 
     def _value(self, x: Any, values: dict[_Varying, Tensor]) -> Any:

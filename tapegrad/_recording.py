@@ -99,6 +99,26 @@ def only(recorders: Sequence[Any]) -> Iterator[None]:
         state.recorders = outer
 
 
+class PassRecorder:
+    """What recorders of one reverse pass share: they alone hear what its rules call."""
+
+    lasting = True
+    since = 0
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let nobody else listen in a `with` block."""
+        outer, state.recorders = state.recorders, [self]
+        try:
+            yield
+        finally:
+            state.recorders = outer
+
+    def watches(self, _: Any) -> bool:
+        """Say no: what is only for tapes need not be done for a recording."""
+        return False
+
+
 class no_record(contextlib.ContextDecorator):
     """Hide what happens in a `with` block, on this thread, from every tape that is active.
 

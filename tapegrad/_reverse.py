@@ -35,7 +35,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tapegrad._recording import state
 from tapegrad._reverse_text import Recording, Refused, can_be_replayed, same
 from tapegrad.primitive import Primitive
 from tapegrad.tensor import Operand, Tensor
@@ -121,11 +120,8 @@ def _recorded(
             recording = Recording(tape, targets, sources, weights)
     if recording is None:
         return tape._interpreted(targets, sources, weights)  # type: ignore[no-any-return]
-    before, state.recorders = state.recorders, [recording]
-    try:
+    with recording.alone():
         answers: list[Tensor | None] = tape._interpreted(targets, sources, weights)
-    finally:
-        state.recorders = before
     found = recording.finished(answers)
     if found is not None:
         with _lock:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tapegrad._index import SLOT
+from tapegrad._recording import PassRecorder
 from tapegrad._storage import lies_in_buffer, register_view
 from tapegrad._tape_arguments import is_floating
 from tapegrad.primitive import Binary, Primitive, Unary, primitives
@@ -44,15 +45,12 @@ WRITTEN_OUT = {
 _OF_SHAPES = frozenset(("ones_like", "zeros_like"))  # constants, whatever their inputs are
 
 
-class Recording:
+class Recording(PassRecorder):
     """Writes down one reverse pass: what its tape is like, then every primitive that is called.
 
     Values have names: x2_1 is input 1 of node 2, y2_0 its output 0, a5 an array, t7 a result. What
     else the text names (primitives, types, constants) is in `space`.
     """
-
-    lasting = True
-    since = 0
 
     def __init__(
         self,
@@ -288,10 +286,6 @@ class Recording:
 
     # What reads, writes or makes state, prints, or looks at values may do another thing each time.
     accessed = writing = updated = leaving = copied = created = _refuse
-
-    def watches(self, x: Operand) -> bool:
-        """Say no: what is only for tapes need not be done for a recording."""
-        return False
 
     # ---- the text
 

@@ -54,8 +54,7 @@ def _relu_grad_forward(xp: Module, g: Array, y: Array) -> Array:
         if not ew.holds_nan(gx):
             return gx
         positive = y > 0
-        gx = g * positive  # a zero keeps the sign that it has where no NaN was met
-        return np.where(np.isnan(gx) & ~positive, gx.dtype.type(0), gx)
+        return ew.with_zeros(np, g * positive, ~positive)
     return xp.where(y > 0, g, xp.result_type(g, y).type(0))
 
 

@@ -96,10 +96,16 @@ def _square(b: Lowering, step: Step) -> bool:
     return True
 
 
+def _is_array_of_its_type(step: Step) -> bool:
+    """Tell whether the result has axes, and the type of what it is made of."""
+    y = step.outputs[0]
+    return bool(y.shape) and y.dtype == step.inputs[0].dtype
+
+
 @lowers("reciprocal")
 def _reciprocal(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
-    if not y.shape or y.dtype != step.inputs[0].dtype:
+    if not _is_array_of_its_type(step):
         return False
     x = b.of(step.inputs[0])
     b.call("divide", static_number(1, y.dtype), x, b.out(step, *step.inputs))
@@ -109,7 +115,7 @@ def _reciprocal(b: Lowering, step: Step) -> bool:
 @lowers("rsqrt")
 def _rsqrt(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
-    if not y.shape or y.dtype != step.inputs[0].dtype:
+    if not _is_array_of_its_type(step):
         return False
     x = b.of(step.inputs[0])
     out = b.out(step, *step.inputs)
@@ -139,7 +145,7 @@ def _power(b: Lowering, step: Step) -> bool:
 @lowers("sigmoid")
 def _sigmoid(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
-    if not y.shape or y.dtype != step.inputs[0].dtype:
+    if not _is_array_of_its_type(step):
         return False
     x, one = b.of(step.inputs[0]), static_number(1, y.dtype)
     out = b.out(step, *step.inputs)
@@ -153,7 +159,7 @@ def _sigmoid(b: Lowering, step: Step) -> bool:
 @lowers("softplus")
 def _softplus(b: Lowering, step: Step) -> bool:
     y = step.outputs[0]
-    if not y.shape or y.dtype != step.inputs[0].dtype:
+    if not _is_array_of_its_type(step):
         return False
     x, zero = b.of(step.inputs[0]), static_number(0, y.dtype)
     spare, out = b.arena(y.shape, y.dtype), b.out(step)

@@ -30,17 +30,17 @@ def _scale(xp: Module, g: Any, d: Any) -> Array:
     elif xp is np and not (holds_nan(y) if y.ndim else y != y):
         return y
     # On a GPU asking costs more (a synchronisation) than choosing.
-    return _with_zeros(xp, y, g == 0)
+    return with_zeros(xp, y, g == 0)
 
 
 def _scale_both(xp: Module, a: Any, b: Any) -> Array:
     y = a * b
     if xp is np and not (holds_nan(y) if y.ndim else y != y):
         return y
-    return _with_zeros(xp, y, (a == 0) | (b == 0))
+    return with_zeros(xp, y, (a == 0) | (b == 0))
 
 
-def _with_zeros(xp: Module, y: Any, wins: Any) -> Array:
+def with_zeros(xp: Module, y: Any, wins: Any) -> Array:
     """Return a product with 0 where a zero factor wins."""
     if xp is np:  # a zero that the product gave keeps its sign, as where no NaN was met
         wins = wins & (y != y)
