@@ -21,17 +21,6 @@ LARGE = 1 << 18  # elements: below, all arrays of some work lie in a second-leve
 _THREADS_FROM = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 
-
-def _products_linger() -> bool:
-    ticks = os.environ.get("OPENBLAS_THREAD_TIMEOUT", "")
-    return not ticks.isdigit() or int(ticks) > 20
-
-
-# OpenBLAS's threads stay busy for 2**26 ticks, some 26 ms, after a product, in case there comes
-# another, and ours would share their cores: nets take 2 % longer with two threads than with one.
-# With OPENBLAS_THREAD_TIMEOUT=18, a tenth of a millisecond, they take 5 to 8 % less.
-_PRODUCTS_LINGER = _products_linger()
-
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
@@ -58,10 +47,13 @@ if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child
 def lanes(size: int, *, beside_products: bool = False) -> int:
     """Return how many threads pay for so many elements.
 
-    beside_products  whether matrices are multiplied shortly before.
+    beside_products  whether matrices are multiplied shortly before. OpenBLAS's threads stay busy
+                     for some 26 ms after a product, in case there comes another, and ours would
+                     share their cores: nets take 2 % longer with two threads than with one. Where
+                     its threads are told to sleep at once (OPENBLAS_THREAD_TIMEOUT=18), two save
+                     1 % of a large net's step, but to wake its own costs a middling one 5 %.
     """
-    alone = size < _THREADS_FROM or (beside_products and _PRODUCTS_LINGER)
-    return 1 if alone else _THREADS
+    return 1 if beside_products or size < _THREADS_FROM else _THREADS
 
 
 def loss_rows(classes: int) -> int:

@@ -31,8 +31,9 @@ def everything_is_large(request, monkeypatch):
     if request.param == "blocks over threads":
         monkeypatch.setattr(_blocks, "_THREADS_FROM", 16)
         monkeypatch.setattr(_blocks, "_THREADS", 3)
-        monkeypatch.setattr(_blocks, "_PRODUCTS_LINGER", False)
         monkeypatch.setattr(_blocks, "_pool", None)
+        for module in (blocks, _flat_update):  # beside products, too
+            monkeypatch.setattr(module, "lanes", lambda size, **_: _blocks.lanes(size))
     yield
     if request.param == "blocks over threads" and _blocks._pool is not None:
         _blocks._pool.shutdown()
@@ -299,12 +300,11 @@ def test_runs_share_their_scratch(everything_is_large, monkeypatch):
     assert sizes[0] == sizes[1] > 0
 
 
-@pytest.mark.parametrize("lingers", [True, False])
-def test_one_thread_beside_products(lingers, everything_is_large, monkeypatch):
+def test_one_thread_beside_products(everything_is_large, monkeypatch):
     """Whose own threads would be in the way: of runs, and of an update."""
-    monkeypatch.setattr(_blocks, "_PRODUCTS_LINGER", lingers)
     counts = []
     for module in (blocks, _flat_update):
+        monkeypatch.setattr(module, "lanes", _blocks.lanes)
         plain = module.for_rows
         monkeypatch.setattr(
             module,
@@ -326,7 +326,7 @@ def test_one_thread_beside_products(lingers, everything_is_large, monkeypatch):
         f(tg.ones((20, 20), dtype="f8"), multiply)
         lanes = _blocks.lanes(400)
         assert len(counts) > 1
-        assert set(counts) == {1 if multiply and lingers else lanes}
+        assert set(counts) == {1 if multiply else lanes}
 
 
 @pytest.mark.parametrize("kind", LOSSES)
