@@ -5,7 +5,7 @@ program     what it wrote: the list of steps. The only intermediate representati
 shorthands  primitives that save calls or launches, written out.
 rewrites    the same values by fewer or better steps: nothing twice, nothing in vain, writes last.
 simplify    the table of rewrites that can be switched off, in their order:
-patterns    what people write by hand, found and replaced by the fused primitives;
+handwritten what people write by hand, replaced by the fused primitives; patterns finds it;
 algebra     small identities;
 chains      on a GPU, elementwise steps gathered into one kernel each;
 learning_rates  on a CPU, multiplied into what all gradients are made of;

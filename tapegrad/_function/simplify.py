@@ -6,9 +6,9 @@ from tapegrad._function import (
     algebra,
     chains,
     epilogues,
+    handwritten,
     layout,
     learning_rates,
-    patterns,
     updates,
 )
 from tapegrad._function.program import Program
@@ -16,7 +16,7 @@ from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_rep
 
 # Patterns first: they are of the steps that a tape records, as it records them.
 TABLE: dict[str, Rewrite] = {
-    **patterns.REWRITES,
+    **handwritten.REWRITES,
     **algebra.REWRITES,
     **learning_rates.REWRITES,
     **chains.REWRITES,
