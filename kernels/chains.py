@@ -247,8 +247,8 @@ def run(
     if not all(array.flags.c_contiguous for array in arrays):
         return None
     dtype = floating[0].dtype
-    by_rows = chain.sums or any(x.kind == "row" for x in chain.inputs)
     size = math.prod(shape)
+    by_rows = chain.sums or size > MAX_COLUMNS or any(x.kind == "row" for x in chain.inputs)
     rows, columns = (size // shape[-1], shape[-1]) if by_rows else (1, size)
     if columns > MAX_COLUMNS:
         return None

@@ -429,6 +429,16 @@ def test_too_many_columns_decline(monkeypatch):
         assert launch(X, B, K) is None
 
 
+def test_more_elements_than_there_are_column_numbers_are_taken_by_rows(monkeypatch):
+    monkeypatch.setattr(chains, "MAX_COLUMNS", 40)
+    chain = Chain("float", (Input("each", False),), (Step("square", (0,)),), (1,), ())
+    x = normal(8, 33)
+    with kernels_on_cpu():
+        (y,) = chains.run(chain, x.shape, np, x)
+        assert chains.run(chain, (x.size,), np, x.reshape(-1)) is None
+    np.testing.assert_array_equal(y, x * x)
+
+
 def test_a_declined_chain_runs_step_by_step():
     f = lambda x: (tg.exp(tg.transpose(x)) * 2.0 + 1.0,)
     x = normal(3, 5)
