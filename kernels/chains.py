@@ -31,12 +31,12 @@ from ._build import (
 OPERATIONS: dict[str, tuple[str, str]] = {
     "add": ("fff", "{0} + {1}"),
     "subtract": ("fff", "{0} - {1}"),
-    "multiply": ("fff", "{0} * {1}"),
+    "multiply": ("fff", "product({0}, {1})"),
     "divide": ("fff", "{0} / {1}"),
     "negative": ("ff", "-{0}"),
     "positive": ("ff", "{0}"),
     "broadcast_to": ("ff", "{0}"),
-    "square": ("ff", "{0} * {0}"),
+    "square": ("ff", "product({0}, {0})"),
     "sqrt": ("ff", "sqrt({0})"),
     "rsqrt": ("ff", "A(1) / sqrt({0})"),
     "reciprocal": ("ff", "A(1) / {0}"),
@@ -68,8 +68,8 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     "relu_grad": ("fff", "{1} > A(0) ? {0} : A(0)"),
     "sigmoid": ("ff", "A(1) / (A(1) + exp(-{0}))"),
     "softplus": ("ff", "({0} < A(0) ? A(0) : {0}) + log1p(exp(-fabs({0})))"),
-    "scale": ("fff", "{0} == A(0) ? A(0) : {0} * {1}"),
-    "scale_both": ("fff", "{0} == A(0) || {1} == A(0) ? A(0) : {0} * {1}"),
+    "scale": ("fff", "{0} == A(0) ? A(0) : product({0}, {1})"),
+    "scale_both": ("fff", "{0} == A(0) || {1} == A(0) ? A(0) : product({0}, {1})"),
     "where": ("bfff", "{0} ? {1} : {2}"),
     "greater": ("ffb", "{0} > {1}"),
     "greater_equal": ("ffb", "{0} >= {1}"),
@@ -79,7 +79,8 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     "not_equal": ("ffb", "{0} != {1}"),
     "cast": ("bf", "{0} ? A(1) : A(0)"),
 }  # fmt: skip
-_PRODUCTS = {2: "{0} * {0}", 3: "{0} * {0} * {0}"}  # of powers: pow takes some 100 instructions
+# of powers: pow takes some 100 instructions
+_PRODUCTS = {2: "product({0}, {0})", 3: "product(product({0}, {0}), {0})"}
 
 
 class Input(NamedTuple):
@@ -188,6 +189,11 @@ _TEMPLATE = """\
 using T = {type_name};
 using A = accumulator_t<T>;
 
+// Rounded before anything is added to it, as between two launches. The compiler would make
+// fma(x, x, -(y * y)) of a difference of squares: not 0 where x is y, and NaN its root.
+__device__ float product(float a, float b) {{ return __fmul_rn(a, b); }}
+__device__ double product(double a, double b) {{ return __dmul_rn(a, b); }}
+
 // 3 blocks: 80 registers a thread. Without a number the compiler takes 40, and spills on sm_80.
 template <int N> __global__ void __launch_bounds__(kThreads, 3) tapegrad_chain(
     {parameters},
@@ -241,8 +247,8 @@ def run(
     if not all(array.flags.c_contiguous for array in arrays):
         return None
     dtype = floating[0].dtype
-    by_rows = chain.sums or any(x.kind == "row" for x in chain.inputs)
     size = math.prod(shape)
+    by_rows = chain.sums or size > MAX_COLUMNS or any(x.kind == "row" for x in chain.inputs)
     rows, columns = (size // shape[-1], shape[-1]) if by_rows else (1, size)
     if columns > MAX_COLUMNS:
         return None

@@ -353,9 +353,18 @@ def _product_and_sums(xp: Module, x: Array, w: Array, out: Out = _NEW) -> Pair |
     return None if sums is None else (_product(xp, x, w, out[0]), sums[0])
 
 
+_EXACT_SUMS = 4096  # of so many numbers of 12 digits, in float32
+
+
 def _sums_in_float32(xp: Module, way: _Way, x: Array, w: Array) -> bool:
+    """Tell whether neither the sums are rounded on the way, nor what is added up."""
     _, sums = _WITH_SUMS.launch(xp, way, x, _full_like(xp, w, 1))
-    return _are_sums(sums, len(w))
+    if not _are_sums(sums, len(w)):
+        return False
+    fine = _full_like(xp, w, 1 + 2.0**-11)  # one digit more than TF32 has; 1 in 16 bits
+    fine[_EXACT_SUMS:] = 0
+    _, sums = _WITH_SUMS.launch(xp, way, x, fine)
+    return _are_sums(sums, fine.astype(np.float32).sum(0))
 
 
 _WITH_SUMS = _Fusion(

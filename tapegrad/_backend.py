@@ -10,7 +10,7 @@ import os
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -347,6 +347,21 @@ def out_of_memory(error: MemoryError, name: str) -> MemoryError:
 
 def _is_cupy(array: Array) -> bool:
     return cupy_ndarray is not None and isinstance(array, cupy_ndarray)
+
+
+_JOINED_AT_ONCE = 8
+
+
+def concatenated(xp: Module, arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Return the arrays one after the other along an axis that they have.
+
+    Of more than 8 small ones CuPy copies the addresses to the device, which it refuses to do while
+    a graph is captured. So there they are joined by eights.
+    """
+    while xp is not np and len(arrays) > _JOINED_AT_ONCE:
+        starts = range(0, len(arrays), _JOINED_AT_ONCE)
+        arrays = [xp.concatenate(arrays[i : i + _JOINED_AT_ONCE], axis=axis) for i in starts]
+    return xp.concatenate(arrays, axis=axis)
 
 
 def scatter_add(xp: Module, values: Array, index: Array, rows: int) -> Array:

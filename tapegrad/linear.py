@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array, Module
+from tapegrad._backend import Array, Module, concatenated
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import Tensor
 
@@ -115,7 +115,7 @@ def _place_row(xp: Module, x: Array, *, index: int, count: int) -> Array:
 
 stack: Primitive = primitive(
     "stack",
-    lambda xp, *xs: xp.stack(xs),
+    lambda xp, *xs: np.stack(xs) if xp is np else concatenated(xp, [x[None] for x in xs]),
     joint_vjp=lambda needs, g, _y, *_xs: tuple(
         row(g, index=i) if needed else None for i, needed in enumerate(needs)
     ),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tapegrad._backend import Array, Module
+from tapegrad._backend import Array, Module, concatenated
 from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
@@ -163,7 +163,7 @@ def _concat_vjp(
 
 
 _concat: Primitive = primitive(
-    "concat", lambda xp, *xs, axis: xp.concatenate(xs, axis=axis), joint_vjp=_concat_vjp
+    "concat", lambda xp, *xs, axis: concatenated(xp, xs, axis), joint_vjp=_concat_vjp
 )
 
 

@@ -79,6 +79,21 @@ def test_other_types(dtype: str, launched: list[chains.Chain]) -> None:
     meanings.check(got, meanings.in_float64(f, *arrays))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_arithmetic_has_the_bits_of_its_steps(dtype: str, launched: list[chains.Chain]) -> None:
+    """What is between two operations is rounded, in one kernel as in several."""
+    f = lambda x, y: (x * x - y * y, tg.sqrt(x * x + 1.0) * y - x / y, tg.square(x) - x * x)
+    x, y = (meanings.normal(33, 50, dtype=dtype, seed=i) for i in range(2))
+    x[::2] = y[::2]
+    got, names = meanings.compiled(f, x, y)
+    assert names == ["chain"]
+    assert launched
+    for a, b in zip(got, f(tg.constant(x), tg.constant(y)), strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+    assert not got[0][::2].any()
+    assert not got[2].any()
+
+
 def test_what_is_not_contiguous_runs_step_by_step() -> None:
     f = lambda x: (tg.exp(tg.transpose(x)) * 2.0 + 1.0,)
     x = meanings.normal(33, 50)

@@ -140,9 +140,9 @@ def test_large_updates_without_kernels_stay_on_the_stream(
         others.append(thread.name)
         original(thread)
 
-    v = tg.Variable(np.ones(3_000_000, "f4"))
     with pytest.MonkeyPatch.context() as patch, cupy.cuda.Stream(non_blocking=True):
         patch.setattr(threading.Thread, "start", started)
+        v = tg.Variable(np.ones(3_000_000, "f4"))  # on this stream, which would not wait for it
         g = tg.ones_like(v)
         without_kernels(tg.optimizers.Adam(0.5).apply_gradients, [(g, v)])
         np.testing.assert_allclose(v.numpy(), 0.5, rtol=1e-5)

@@ -123,10 +123,10 @@ def test_what_goes_to_the_host_is_launched_one_by_one(capsys: Any) -> None:
     assert "a CUDA graph of" in f.explain_program()
 
 
-@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize("count", [3, 12, 70])
 @pytest.mark.parametrize("join", [tg.concat, tg.stack])
-def test_what_cupy_copies_from_the_host(join: Callable[..., Any], count: int) -> None:
-    """CuPy sends the addresses of more than 8 arrays to the device, from memory of the moment."""
+def test_many_arrays_are_joined(join: Callable[..., Any], count: int) -> None:
+    """CuPy sends the addresses of more than 8 to the device, which no graph can hold."""
     f = tg.function(lambda x: join([x * k for k in range(count)]))
     for i in range(8):
         x = np.full(5, float(i), "f4")
@@ -135,7 +135,7 @@ def test_what_cupy_copies_from_the_host(join: Callable[..., Any], count: int) ->
             tg.constant(np.full(60, k, "f4"))
         want = np.stack([x * k for k in range(count)])
         np.testing.assert_array_equal(joined.numpy().reshape(count, 5), want)
-    assert ("a CUDA graph of" in f.explain_program()) == (count <= 8)
+    assert "a CUDA graph of" in f.explain_program()
 
 
 def test_a_variable_that_moves() -> None:

@@ -69,8 +69,8 @@ def _architectures() -> tuple[str, ...]:
 ARCHITECTURES = _architectures()
 
 
-def _compile(source: str, flags: Sequence[str], names: Sequence[str]) -> str:
-    """Return what the compiler tells of the kernels."""
+def _compile(source: str, flags: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """Return what the compiler tells of the kernels, and their PTX."""
     nvrtc = _nvrtc()
 
     def result(answer: tuple[Any, ...]) -> Any:
@@ -85,10 +85,27 @@ def _compile(source: str, flags: Sequence[str], names: Sequence[str]) -> str:
     (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])
     log = b" " * result(nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(program)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(log.decode())
-    return log.decode()
+    text = b" " * result(nvrtc.nvrtcGetPTXSize(program))
+    nvrtc.nvrtcGetPTX(program, text)
+    nvrtc.nvrtcDestroyProgram(program)
+    return log.decode(), text.decode()
+
+
+def _flags(architecture: str, options: Sequence[str]) -> list[str]:
+    # what CuPy passes as well: denormals are zero, functions are the device's
+    return [
+        *(f"-arch={architecture}", f"-I{_headers()}", "-ftz=true", "--ptxas-options=-v"),
+        *("--device-as-default-execution-space", *options),
+    ]
+
+
+def ptx(
+    source: str, architecture: str, names: Sequence[str] = (), options: Sequence[str] = ()
+) -> str:
+    """Return what the compiler makes of the kernels before it is a device's machine code."""
+    return _compile(source, _flags(architecture, options), names)[1]
 
 
 # What ptxas says of a kernel, over three lines.
@@ -107,16 +124,12 @@ def resource_usage(
 
     The answer is kept on disk.
     """
-    # what CuPy passes as well: denormals are zero, functions are the device's
-    flags = [
-        *(f"-arch={architecture}", f"-I{_headers()}", "-ftz=true", "--ptxas-options=-v"),
-        *("--device-as-default-execution-space", *options),
-    ]
+    flags = _flags(architecture, options)
     cached = cached_file(".json", (source, flags, names, _version()))
     if not cached.exists():
         usage = {}
         for name, stack, stores, loads, registers, rest in _NUMBERS.findall(
-            _compile(source, flags, names)
+            _compile(source, flags, names)[0]
         ):
             shared = _SHARED.search(rest)
             usage[name] = {

@@ -257,6 +257,24 @@ def test_every_operation_is_what_its_primitive_says(dtype):
         np.testing.assert_allclose(y, w, tolerance, tolerance, err_msg=str(step))
 
 
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+@pytest.mark.parametrize("type_name", ["float", "double", "__half"])
+def test_products_are_rounded_before_they_are_added_up(type_name):
+    """As between two launches: fma(x, x, -(y * y)) is not 0 where x is y, nor its root a number."""
+    products = [
+        *(Step("multiply", (0, 1)), Step("square", (0,)), Step("scale", (0, 1))),
+        *(Step("scale_both", (1, 0)), Step("power", (0, 2.0)), Step("power", (1, 3.0))),
+    ]
+    sums = [Step("add", (2, 3)), Step("subtract", (8, 4)), Step("subtract", (5, 9))]
+    steps = (*products, *sums, Step("add", (6, 10)), Step("subtract", (7, 11)))
+    chain = Chain(type_name, (Input("each", False),) * 2, steps, (12,), (2, 3))
+    kernels = chains.kernels_of(chain)
+    name = kernels.groups[0][0]
+    text = nvrtc.ptx(kernels.code(), "sm_90", (name,), _build.OPTIONS)
+    assert "fma" not in text
+    assert "mul.rn" in text
+
+
 # ---- what is gathered
 
 
@@ -409,6 +427,16 @@ def test_too_many_columns_decline(monkeypatch):
     monkeypatch.setattr(chains, "MAX_COLUMNS", 3)
     with kernels_on_cpu():
         assert launch(X, B, K) is None
+
+
+def test_more_elements_than_there_are_column_numbers_are_taken_by_rows(monkeypatch):
+    monkeypatch.setattr(chains, "MAX_COLUMNS", 40)
+    chain = Chain("float", (Input("each", False),), (Step("square", (0,)),), (1,), ())
+    x = normal(8, 33)
+    with kernels_on_cpu():
+        (y,) = chains.run(chain, x.shape, np, x)
+        assert chains.run(chain, (x.size,), np, x.reshape(-1)) is None
+    np.testing.assert_array_equal(y, x * x)
 
 
 def test_a_declined_chain_runs_step_by_step():

@@ -422,6 +422,18 @@ def test_values_of_a_product_and_sums(xp, tmp_path, dtype, shape):
             assert n == 1 or made.launches[-1].transposed == (0, 1)  # read where it lies
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_sums_keep_the_digits_that_tf32_drops(xp, tmp_path, monkeypatch, tf32):
+    """Where the library rounds what it adds up there is no candidate: sums are no product."""
+    monkeypatch.setattr(tg.config, "tf32", tf32)
+    made = FakeCublasLt()
+    x, g = integers(300, 5), np.full((300, 8), 1 + 2**-11, "f4")
+    with cublaslt_on_cpu(xp, tmp_path, made, seconds=SUMS_PAY), kernels_on_cpu():
+        for _ in range(2):
+            np.testing.assert_allclose(with_sums(xp, x, g)[1], g.sum(0), 1e-6)
+        assert (SUMS in {key[0] for key in made.timer.timed}) is not tf32
+
+
 def test_the_fastest_way_to_the_sums(xp, tmp_path):
     x, g = integers(6, 5), integers(6, 8, seed=1)
     for number, (seconds, want) in enumerate(
