@@ -31,6 +31,10 @@ class CudaError(RuntimeError):
     """What CUDA would refuse, or let pass and go wrong."""
 
 
+class OutOfMemoryError(MemoryError):
+    """As CuPy's own is called."""
+
+
 class Storage:
     """Bytes of a device, and who touched which of them last: (low, high, (stream, tick))."""
 
@@ -674,6 +678,7 @@ class FakeCupy(types.ModuleType):
             Stream=Stream,
             alloc_pinned_memory=lambda size: Pinned(b"\x7f" * size),
             get_current_stream=lambda: device.stream,
+            memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=types.SimpleNamespace(
                 getDeviceCount=lambda: 1,
                 streamIsCapturing=lambda stream: device.stream.capture is not None,

@@ -18,7 +18,7 @@ from tapegrad._function.own_calls import OWN_CALLS
 
 # Blocks from which rows that all blocks share are written out for a whole one: a call on arrays of
 # one shape takes two thirds of the time of one that spreads a row.
-_MANY = 32
+_MANY = 8
 
 
 class _Spare:

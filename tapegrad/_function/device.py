@@ -61,7 +61,7 @@ class DeviceReplay(Replay):
         self._schedule = Schedule(program, self._first_write)
         self._destinations = gathered(program)
         self._given_out = [x for x in program.output_values() if x.kind in ("result", "read")]
-        self._around = Writes(program, self._name)
+        self._around = _Writes(program, self._name)
         used = {x for step in program.steps for x in step.values()}
         self._used = [x in used for x in program.inputs]
         self._workplace: Workplace | None = None
@@ -112,20 +112,14 @@ class DeviceReplay(Replay):
         if self._writes:
             # A view of a Variable keeps its values: the program's own writes would change them.
             arrays = [a.copy() if lies_in_buffer(a) else a for a in arrays]
-        if not graphs:
-            self._lookups.at_once = True
-            launches = Launches(self._schedule, self._destinations, arrays)
-            results = launches.run(self._given_out, self._around)
-            return [a.copy() if _is_shared(a, arrays) else a for a in results]
-        place = Workplace(self._xp)
-        # Laid out as the graph's own inputs will be: for others there may be other kernels to build
-        # and other products to plan.
-        with place.allocator():
-            arrays = [a.copy() for a in arrays]
-        results = self._warm_up(place, self._issue, arrays)
-        if self._why_plain is None:
-            self._workplace = place
-        return results
+        if graphs:
+            results, self._workplace = self._warm_up(self._issue, arrays)
+            if results is not None:
+                return results
+        self._lookups.at_once = True
+        launches = Launches(self._schedule, self._destinations, arrays)
+        results = launches.run(self._given_out, self._around)
+        return [a.copy() if _is_shared(a, arrays) else a for a in results]
 
     def _uses_graphs(self) -> bool:
         if self._why_plain is not None or not config.cuda_graphs or config.debug:
@@ -141,16 +135,33 @@ class DeviceReplay(Replay):
         self._current = Launches(self._schedule, self._destinations, inputs, place)
         return self._current.run(self._given_out, around) + self._lookups.told
 
-    def _warm_up(self, place: Workplace, issue: Issue, arrays: Sequence[Array]) -> list[Array]:
-        """Launch a program where it will be captured."""
+    def _warm_up(
+        self, issue: Issue, inputs: Sequence[Array]
+    ) -> tuple[list[Array] | None, Workplace | None]:
+        """Launch a program where it will be captured: return its results, and the workplace.
+
+        None for the workplace where it cannot be captured, and for the results where nothing was
+        done: beside the memory of other graphs there may be no room for one more.
+        """
+        self._around.begun = False
         try:
+            place = Workplace(self._xp)
+            # Laid out as the graph's own inputs will be: for others there may be other kernels to
+            # build and other products to plan.
+            with place.allocator():
+                mine = [x.copy() for x in inputs]
             with place.turn():
-                results = place.launch(lambda: issue(place, arrays, self._around))
+                results = place.launch(lambda: issue(place, mine, self._around))
             if self._current is not None and self._current.on_host is not None:
                 self._stay_plain("it computes with NumPy's arrays too", self._current.on_host)
+        except MemoryError:
+            if self._around.begun:
+                raise
+            self._stay_plain("there is no memory left for a graph of its own", None)
+            return None, None
         finally:
             self._current = None
-        return self._followed(results)
+        return self._followed(results), place if self._why_plain is None else None
 
     def _followed(self, results: list[Array]) -> list[Array]:
         """Return the results of a launch without what tells of its lookups."""
@@ -201,10 +212,9 @@ class DeviceReplay(Replay):
             self._loops[feed] = loop  # the last to have been used
         issue = functools.partial(self._issue_many, feed)
         if loop is None:
-            place = Workplace(self._xp)
             position = self._xp.full((), first, np.int64)
-            results = self._warm_up(place, issue, [feed.order, position])
-            if self._why_plain is None:
+            results, place = self._warm_up(issue, [feed.order, position])
+            if place is not None:
                 self._loops[feed] = _Loop(place, feed.count)
                 if len(self._loops) > _MOST_LOOPS:
                     del self._loops[next(iter(self._loops))]
@@ -277,6 +287,17 @@ class DeviceReplay(Replay):
                 size = f"{loop.graph.nbytes / 2**10:.1f} KiB"
                 how += f"; another of {loop.count} batches, {size}"
         return f"# {self._name}: {how}\n{self.text}"
+
+
+class _Writes(Writes):
+    """What surrounds launches that change state; `begun` says whether there were any."""
+
+    begun = False
+
+    def begin(self) -> None:
+        """Note it, and do what else there is to do before."""
+        self.begun = True
+        super().begin()
 
 
 class Feed:

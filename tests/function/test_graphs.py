@@ -598,6 +598,53 @@ def test_an_error_while_launching_one_by_one(monkeypatch: pytest.MonkeyPatch) ->
     assert program._workplace is None  # type: ignore[attr-defined]  # nothing is warm yet
 
 
+class _Full:
+    """Pools of which the n-th malloc of those that are not the default one finds no memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        plain, self.calls = fake_cupy.MemoryPool.malloc, 0
+
+        def malloc(pool: Any, size: int) -> Any:
+            self.calls += pool is not gpu.pool
+            if pool is not gpu.pool and self.calls >= at:
+                raise MemoryError("out of memory")
+            return plain(pool, size)
+
+        monkeypatch.setattr(fake_cupy.MemoryPool, "malloc", malloc)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_without_memory_for_a_graph_it_is_launched(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v, other = tg.Variable(np.zeros(5, "f4")), tg.Variable(np.zeros(5, "f4"))
+    step = lambda v, x: (v.assign_add(tg.sinh(tg.exp(x))), x * 2.0)[1]
+    f = tg.function(lambda x: step(v, x))
+    full = _Full(monkeypatch, at)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(6):
+            x = tg.constant(X[0][i])
+            assert_same([f(x), v], [step(other, x), other])
+    assert full.calls == at
+    (warning,) = caught
+    assert "one by one: there is no memory left for a graph of its own" in str(warning.message)
+    assert len(gpu.streams) == 1 and gpu.stream.capture is None
+
+
+def test_memory_that_ends_after_the_first_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    v = tg.Variable([1.0, 2.0])
+    f = tg.function(lambda x: [v.assign_add(x), v.assign(tg.sinh(v * x))][:0])
+    for _ in range(2):
+        f(tg.constant([0.0, 0.0]))
+    full = _Full(monkeypatch, 2)  # the input's copy is the first
+    with pytest.raises(MemoryError):
+        f(tg.constant([1.0, 1.0]))
+    assert full.calls == 2
+    with pytest.raises(RuntimeError, match="neither its old nor its new"):
+        v.numpy()
+
+
 # ---- threads and streams
 
 
@@ -888,6 +935,24 @@ def test_steps_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> No
         got = np.concatenate([x.numpy() for x in steps])
         np.testing.assert_array_equal(got, totals + epoch * 66)
     assert len(capsys.readouterr().out.split()) == 18
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be replayed as a CUDA graph")
+@pytest.mark.parametrize("at", [1, 4])
+def test_steps_without_memory_for_a_graph(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of several steps has written nothing yet: they are done one by one."""
+    v = tg.Variable(0.0)
+
+    def step(x: Any) -> Any:
+        v.assign_add(tg.sum(x))
+        return v + 0.0
+
+    _Full(monkeypatch, at)
+    steps = tg.data.Steps(step, tg.data.Batches(np.arange(12.0, dtype="f4"), 2), 3)
+    totals = np.cumsum(np.arange(12).reshape(6, 2).sum(1))
+    for epoch in range(3):
+        got = np.concatenate([x.numpy() for x in steps])
+        np.testing.assert_array_equal(got, totals + epoch * 66)
 
 
 @pytest.mark.parametrize("per_call", [2, 3])
