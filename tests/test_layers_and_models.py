@@ -18,6 +18,7 @@ from scipy import special
 
 import tapegrad as tg
 from tapegrad import safetensors
+from tapegrad.data import Batches
 from tapegrad.layers import ACTIVATIONS, Dense, Dropout, Layer
 from tapegrad.training import progress as progress_module
 from tapegrad.training.progress import Progress
@@ -550,6 +551,7 @@ def watch(loss="mse", **options):
 
 
 COLUMN = np.arange(10.0)[:, None]
+LABELS = np.arange(10) % 3
 
 
 def joined(lists):
@@ -705,6 +707,20 @@ def test_class_weights(with_samples):
     assert whole.history["loss"] == pytest.approx([(weights * each).mean()], rel=1e-6)
 
 
+def test_class_weights_of_labels_below_zero():
+    # Minus one was taken for the last class, by NumPy's habit of counting from the end.
+    labels = LABELS[:, None] - 1
+    model = watch(None)
+    model.compute_loss = lambda y, p, weight: tg.sum(weight * p[:, 0])
+    model.train_step = model.test_step
+    history = model.fit(COLUMN, labels, batch_size=10, class_weight={1: 5.0, 10**12: 3.0})
+    expected = (COLUMN[:, 0] * np.where(labels[:, 0] == 1, 5.0, 1.0)).sum()
+    assert history.history["loss"] == pytest.approx([expected])
+    history = model.fit(COLUMN, labels, batch_size=10, class_weight={-1: 5.0})
+    expected = (COLUMN[:, 0] * np.where(labels[:, 0] == -1, 5.0, 1.0)).sum()
+    assert history.history["loss"] == pytest.approx([expected])
+
+
 def test_class_weights_want_integer_labels():
     with pytest.raises(TypeError, match="class_weight needs integer labels, got float64"):
         watch().fit(COLUMN, COLUMN, class_weight={0: 1.0})
@@ -731,8 +747,39 @@ def test_fit_on_batches_that_one_has_made():
 
 def test_a_generator_lasts_one_epoch_only():
     batches = ((COLUMN, COLUMN) for _ in range(2))
-    with pytest.raises(ValueError, match=r"no batch|one pass|exhausted"):
+    with pytest.raises(ValueError, match=r"no batch for epoch 2: a generator lasts one pass"):
         watch().fit(batches, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_weight", np.zeros(10)),
+        ("class_weight", {0: 2.0}),
+        ("validation_split", 0.5),
+    ],
+)
+def test_what_goes_with_rows_is_refused_with_batches(name, value):
+    # The weights, for one, were left aside without a word.
+    message = f"{name} goes with arrays x and y: x is an iterable of batches"
+    model = watch()
+    with pytest.raises(ValueError, match=message):
+        model.fit(Batches((COLUMN, COLUMN), 5), **{name: value})
+    assert not model.seen[True]
+    if name == "sample_weight":
+        with pytest.raises(ValueError, match=message):
+            model.evaluate(Batches((COLUMN, COLUMN), 5), sample_weight=value)
+
+
+def test_inputs_of_a_structure_are_split_too():
+    model = watch()
+    model.call = lambda x, training=False: x["a"] + x["b"]
+    model.train_step = model.test_step
+    history = model.fit(
+        {"a": COLUMN, "b": COLUMN[::-1]}, 0 * COLUMN, validation_split=0.3, sample_weight=LABELS
+    )
+    assert history.history["loss"] == pytest.approx([81 * LABELS[:7].mean()])
+    assert history.history["val_loss"] == pytest.approx([81 * LABELS[7:].mean()])
 
 
 def test_evaluate_and_its_answers():
@@ -857,7 +904,32 @@ def test_a_train_step_of_ones_own():
             ValueError,
             r"arrays\[2\] has 3",
         ),
-        (lambda: watch().fit([(COLUMN,)]), ValueError, r"a batch is \(x, y\) or \(x, y, sample_w"),
+        (
+            lambda: watch().fit(COLUMN, np.tile(COLUMN, (2, 1)), validation_split=0.5),
+            ValueError,
+            r"\[0\] has 10, arrays\[1\] has 20",
+        ),
+        (
+            lambda: watch().fit(COLUMN, COLUMN, validation_data=Batches((COLUMN, COLUMN))),
+            ValueError,
+            r"validation_data is \(x, y\) or \(x, y, sample_weight\), got a Batches",
+        ),
+        (
+            lambda: watch().fit(COLUMN, LABELS, class_weight=[1.0, 2.0]),
+            TypeError,
+            r"class_weight must be a dict \{label: weight\}, got \[1\.0, 2\.0\]",
+        ),
+        (
+            lambda: watch().fit(COLUMN, LABELS, class_weight={"1": 2.0}),
+            TypeError,
+            "class_weight must be a dict .* got {'1': 2.0}",
+        ),
+        (
+            lambda: watch().fit(COLUMN, np.eye(10, dtype=int), class_weight={1: 2.0}),
+            ValueError,
+            r"class_weight needs one label a row, got labels of shape \(10, 10\)",
+        ),
+        (lambda: watch().fit([(COLUMN,)]), ValueError, r"a batch is \(x, y\) .* got a tuple of 1"),
         (lambda: watch().fit([COLUMN]), ValueError, r"a batch is \(x, y\) or \(x, y, sample_w"),
     ],
 )  # fmt: skip
