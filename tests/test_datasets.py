@@ -386,6 +386,15 @@ def test_labels_that_number_no_classes(tmp_path: pathlib.Path, labels: list[int]
         ({"images": np.zeros((4, 2), "c8"), "labels": np.arange(4)}, "images must be real numbers"),
         ({"images": np.full((4, 2), 1e39), "labels": np.arange(4)}, "beyond float32"),
         (
+            {
+                "x_train": np.full((4, 2), 255, "u1"),
+                "y_train": np.arange(4),
+                "x_test": np.full((1, 2), 255.0),
+                "y_test": np.arange(1),
+            },
+            "x_train are uint8, x_test float64, and only uint8 is divided by 255: store both",
+        ),
+        (
             {"images": np.zeros((1, 2)), "labels": np.array([2**63], "u8")},
             "a label of 9223372036854775808 is beyond int64",
         ),

@@ -260,6 +260,12 @@ def _from_arrays(
                 f"{where}: {found[0]} are of shape {image_shape}, "
                 f"{found[2]} of {arrays[found[2]].shape[1:]}"
             )
+        kinds = [arrays[key].dtype for key in (found[0], found[2])]
+        if kinds[0] != kinds[1] and np.uint8 in kinds:
+            raise FormatError(
+                f"{where}: {found[0]} are {kinds[0]}, {found[2]} {kinds[1]}, and only uint8 is "
+                f"divided by {white}: store both as one type"
+            )
     else:
         held_out = np.arange(len(labels)) % 5 == 4
         test_images, test_labels = images[held_out], labels[held_out]
