@@ -204,7 +204,8 @@ def _find(name: str, folder: Path | None, *, download: bool) -> Path:
     raise FileNotFoundError(
         f"[load] {name!r} needs the files {', '.join(_FILES)} (gzipped or not), and they are not "
         f"all in {' or '.join(map(str, places))}: call load({name!r}, download=True), "
-        f"or pass the folder that has them as folder=...{package}"
+        "or pass the folder that has them as folder=... (on the command line: --download, "
+        f"--data-folder){package}"
     )
 
 
