@@ -314,7 +314,7 @@ def get(loss: Any) -> Loss:
         return loss
     if isinstance(loss, str) and loss in _BY_NAME:
         return _BY_NAME[loss]()
-    if callable(loss):
+    if callable(loss) and not isinstance(loss, type):
         return Loss(loss)
     raise ValueError(
         f"loss must be a function, a Loss or one of {', '.join(_BY_NAME)}, got {loss!r}"

@@ -225,12 +225,18 @@ def test_initializers_and_seeds():
     assert (first.numpy() != second.numpy()).all()
     tg.random.seed(0)
     np.testing.assert_array_equal(tg.initializers.get("he_normal")((2, 3)), first)
+    tg.random.seed(0)
+    np.testing.assert_array_equal(tg.initializers.get(tg.initializers.he_normal)((2, 3)), first)
 
 
 def test_constant_initializers():
     np.testing.assert_array_equal(tg.initializers.get("zeros")((2,)), [0, 0])
     np.testing.assert_array_equal(tg.initializers.get("ones")((2,), np.float64), [1, 1])
     np.testing.assert_array_equal(tg.initializers.constant(2.5)((1, 2)), [[2.5, 2.5]])
+    assert tg.initializers.get(tg.initializers.zeros)((2,)).tolist() == [0, 0]
+    for wrong in (tg.initializers.VarianceScaling, "zero", 3):
+        with pytest.raises(ValueError, match=r"initializer must be a function or one of .* got"):
+            tg.initializers.get(wrong)
     layer = Dense(2, kernel_initializer=lambda shape, dtype: np.full(shape, 3.0, dtype))
     layer(np.ones((1, 4)))
     np.testing.assert_array_equal(layer.kernel, np.full((4, 2), 3.0))
@@ -352,6 +358,25 @@ def test_build_takes_the_shape_only():
     model(np.ones((7, 3)))
     for before, after in zip(kept, model.get_weights(), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_build_needs_every_length_but_the_batchs():
+    # The layers were made for inputs of one number.
+    model = tg.Sequential([Dense(5)])
+    with pytest.raises(ValueError, match=r"only the batch may be None .*, got \(None, None\)"):
+        model.build((None, None))
+    model.build((None, 3))
+    assert model.variables[0].shape == (3, 5)
+
+
+def test_a_sequence_that_begins_with_a_structure():
+    class Joined(Layer):
+        def call(self, x, training=False):
+            return tg.concat([x["a"], x["b"]], axis=-1)
+
+    model = tg.Sequential([Joined(), Dense(2)])
+    assert model({"a": np.ones((4, 1)), "b": np.ones((4, 2))}).shape == (4, 2)
+    assert model.variables[0].shape == (3, 2)
 
 
 class Residual(tg.Model):
@@ -1391,6 +1416,13 @@ def test_get_and_set_weights():
     assert (model.get_weights()[0] != 0.0).any()
     with pytest.raises(ValueError, match="3 weights for 4 variables"):
         other.set_weights(weights[:3])
+    before = other.get_weights()
+    wrong = [2 * weight for weight in before[:3]] + [np.zeros(5)]
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.bias has shape \(4,\), its weights have \(5,\)"
+    ):
+        other.set_weights(wrong)
+    assert_weights(other, before)  # the first three fitted
 
 
 # ---- the same again

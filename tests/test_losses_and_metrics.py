@@ -529,7 +529,7 @@ def test_losses_by_function_and_by_object():
     close(found(T, P), 2 * np.abs(T - P).mean())
     given = losses.Huber()
     assert losses.get(given) is given
-    for wrong in ("mes", 3, None):
+    for wrong in ("mes", 3, None, losses.Huber):
         with pytest.raises(
             ValueError, match=r"loss must be a function, a Loss or one of mse, .* got"
         ):
@@ -744,7 +744,7 @@ def test_metrics_by_function_and_by_object():
     given = metrics.Accuracy("hits")
     assert metrics.get(given) is given
     assert repr(given) == "<Accuracy hits=0>"
-    for wrong in ("accurcy", 3):
+    for wrong in ("accurcy", 3, metrics.Accuracy):
         with pytest.raises(
             ValueError, match="metric must be a function, a metric or one of accuracy"
         ):

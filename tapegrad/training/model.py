@@ -351,11 +351,21 @@ class Model(Layer):
         return [variable.numpy() for variable in self.variables]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all Variables, in the order of `get_weights`; `ValueError` for another number."""
-        variables = self.variables
-        if len(weights) != len(variables):
-            raise ValueError(f"{len(weights)} weights for {len(variables)} variables")
-        for variable, value in zip(variables, weights, strict=True):
+        """Set all Variables, in the order of `get_weights`.
+
+        Nothing is changed unless all of it fits. Raises `ValueError` for another number of weights
+        and for other shapes.
+        """
+        found = dict(self.named_variables())
+        if len(weights) != len(found):
+            raise ValueError(f"{len(weights)} weights for {len(found)} variables")
+        values = [as_tensor(value) for value in weights]
+        for (name, variable), value in zip(found.items(), values, strict=True):
+            if value.shape != variable.shape:
+                raise ValueError(
+                    f"{name} has shape {variable.shape}, its weights have {value.shape}"
+                )
+        for variable, value in zip(found.values(), values, strict=True):
             variable.assign(value)
 
     def summary(self, print_fn: Callable[[str], None] = print) -> None:
@@ -422,11 +432,21 @@ class Sequential(Model):
         self.layers.append(layer)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Make all Variables, for inputs (batch, ...) of this shape; the batch may be None."""
-        if not self.built:
-            self.built = True
+        """Make all Variables, for inputs (batch, ...) of this shape; the batch may be None.
+
+        Raises `ValueError` where another length is None.
+        """
+        if self.built:
+            return
+        if None in input_shape[1:]:
+            raise ValueError(
+                f"{self.name}: only the batch may be None in an input shape, "
+                f"got {tuple(input_shape)}"
+            )
+        self.built = True
+        if not any(isinstance(length, tuple) for length in input_shape):  # shapes of a structure
             with no_record():
-                self(zeros((1, *[int(n) for n in input_shape[1:] if n is not None])))
+                self(zeros((1, *map(int, input_shape[1:]))))
 
     def call(self, x: Any, training: bool = False) -> Any:
         """Return what the last layer makes of it."""
