@@ -446,7 +446,7 @@ class Sequential(Model):
         self.built = True
         if not any(isinstance(length, tuple) for length in input_shape):  # shapes of a structure
             with no_record():
-                self(zeros((1, *map(int, input_shape[1:]))))
+                self(zeros((1, *[int(n) for n in input_shape[1:] if n is not None])))
 
     def call(self, x: Any, training: bool = False) -> Any:
         """Return what the last layer makes of it."""
