@@ -1246,6 +1246,10 @@ def test_an_interrupt_is_told_where_anything_is_shown(ctrl_c, capsys):
     assert len(lines) == 2
     assert lines[0].startswith("Epoch 1/5 3/3 ")
     assert lines[1] == "interrupted in epoch 2: the weights are as trained"
+    model = interrupted(1, training=False)
+    fit_column(model, epochs=5, verbose=2, validation_data=(COLUMN, COLUMN))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["interrupted after epoch 1: the weights are as trained"]
     fit_column(interrupted(4), epochs=5, verbose=0)
     assert capsys.readouterr() == ("", "")
 

@@ -224,6 +224,7 @@ class Model(Layer):
                 progress.end(done, numbers)
                 if interrupts.asked:  # while validating: this epoch is whole, the next not begun
                     history.interrupted = True
+                    progress.say(f"interrupted after epoch {epoch + 1}: the weights are as trained")
                     break
         return history
 
