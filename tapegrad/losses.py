@@ -87,6 +87,11 @@ def sparse_categorical_crossentropy(
     return nn.softmax_cross_entropy(logits, t, ignore_label=ignore_class, reduction="none")
 
 
+def _check_smoothing(name: str, smoothing: float) -> None:
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"[{name}] label_smoothing must be from 0 to 1, got {smoothing!r}")
+
+
 def categorical_crossentropy(
     y_true: ArrayLike, y_pred: ArrayLike, from_logits: bool = False, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -95,11 +100,12 @@ def categorical_crossentropy(
     y_true, y_pred   (..., classes); y_pred are probabilities, or with `from_logits` logits.
     label_smoothing  s: the targets become (1 - s) * y_true + s / classes.
 
-    Raises `ValueError` for unequal shapes.
+    Raises `ValueError` for unequal shapes and a label_smoothing outside 0 to 1.
 
     >>> print(tg.losses.categorical_crossentropy([[0.0, 1.0]], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
+    _check_smoothing("categorical_crossentropy", label_smoothing)
     t, p = pair("categorical_crossentropy", y_true, y_pred)
     if from_logits:
         return nn.softmax_cross_entropy(p, t, label_smoothing=label_smoothing, reduction="none")
@@ -116,11 +122,12 @@ def binary_crossentropy(
     y_true, y_pred   of one shape; y_pred are probabilities, or with `from_logits` logits.
     label_smoothing  s: the targets become (1 - s) * y_true + s / 2.
 
-    Raises `ValueError` for unequal shapes.
+    Raises `ValueError` for unequal shapes and a label_smoothing outside 0 to 1.
 
     >>> print(tg.losses.binary_crossentropy([[1.0]], [[0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
+    _check_smoothing("binary_crossentropy", label_smoothing)
     t, p = pair("binary_crossentropy", y_true, y_pred)
     if label_smoothing:
         t = ew.add(ew.multiply(t, 1.0 - label_smoothing), label_smoothing / 2)

@@ -1067,6 +1067,23 @@ def test_an_unknown_attribute():
         _ = optimizers.SGD().beta_1
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "name", "message"),
+    [
+        (optimizers.Adam(), "lr", "Adam has no setting 'lr', only learning_rate, beta_1, beta_2, "),
+        (optimizers.SGD(), "learning_rat", "SGD has no setting 'learning_rat', only learning_rate"),
+        (optimizers.SGD(), "momentum", "SGD was made without momentum: give it there"),
+        (optimizers.Adam(), "momentum", "Adam has no setting 'momentum', only learning_rate, "),
+    ],
+)
+def test_settings_that_would_change_nothing(optimizer, name, message):
+    with pytest.raises(AttributeError, match=message):
+        setattr(optimizer, name, 0.5)
+    assert not hasattr(optimizer, name)
+    optimizer.name = "mine"
+    assert optimizer.name == "mine"
+
+
 # ---- the norm of all gradients, and gradients of a scaled loss
 
 CLIPPED = {
