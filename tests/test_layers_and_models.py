@@ -165,6 +165,11 @@ def test_inputs_of_another_width(shape, activation):
             r"initializer must be a function or one of .* got 0\.0",
         ),
         (lambda: Dense(2)(1.0), ValueError, r"the input must be \(\.\.\., inputs\), got a 0-d"),
+        (
+            lambda: tg.Sequential([Dense(2)])([tg.ones((3, 2)), tg.ones((3, 2))]),
+            ValueError,
+            r"the input must be \(\.\.\., inputs\), got 2 tensors",
+        ),
         (lambda: Dropout(1.0), ValueError, r"Dropout: rate must be at least 0 and below 1, got 1"),
         (lambda: Dropout(-0.1), ValueError, r"Dropout: rate must be .* got -0\.1"),
         (lambda: Dropout(float("nan")), ValueError, "Dropout: rate must be .* got nan"),
