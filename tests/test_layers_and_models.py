@@ -1434,6 +1434,22 @@ def test_get_and_set_weights():
     assert_weights(other, before)  # the first three fitted
 
 
+def test_weights_of_a_torn_variable_can_be_loaded(tmp_path):
+    # What a step that failed in its middle leaves: the error says that loading helps.
+    model = classifier()
+    weights = model.get_weights()
+    model.save_weights(tmp_path / "weights")
+    for load in (
+        lambda: model.load_weights(tmp_path / "weights"),
+        lambda: model.set_weights(weights),
+    ):
+        model.variables[1]._tear("a test")
+        with pytest.raises(RuntimeError, match="load its weights again"):
+            model.get_weights()
+        load()
+        assert_weights(model, weights)
+
+
 # ---- the same again
 
 

@@ -339,13 +339,14 @@ class Model(Layer):
                 f"{', '.join(missing) or 'none'}; unknown: {', '.join(extra) or 'none'}"
             )
         for name, variable in found.items():
-            if arrays[name].shape != variable.shape:
+            shape = variable._memory.shape
+            if arrays[name].shape != shape:
                 raise ValueError(
                     f"{os.fspath(path)}: {name} has shape {arrays[name].shape} in the file, "
-                    f"{variable.shape} in the model"
+                    f"{shape} in the model"
                 )
         for name, variable in found.items():
-            variable.assign(constant(arrays[name].astype(variable.dtype)))
+            variable.assign(constant(arrays[name].astype(variable._memory.dtype)))
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """Return the values of all Variables, as NumPy arrays."""
@@ -362,10 +363,9 @@ class Model(Layer):
             raise ValueError(f"{len(weights)} weights for {len(found)} variables")
         values = [as_tensor(value) for value in weights]
         for (name, variable), value in zip(found.items(), values, strict=True):
-            if value.shape != variable.shape:
-                raise ValueError(
-                    f"{name} has shape {variable.shape}, its weights have {value.shape}"
-                )
+            shape = variable._memory.shape
+            if value.shape != shape:
+                raise ValueError(f"{name} has shape {shape}, its weights have {value.shape}")
         for variable, value in zip(found.values(), values, strict=True):
             variable.assign(value)
 
