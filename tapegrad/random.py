@@ -161,6 +161,16 @@ class Generator:
             self._set_key(seed)
         self.counter.assign(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy goes on from: the same numbers follow in both."""
+        if self._unseeded:
+            self._set_key(None)
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     def _set_key(self, seed: int | None) -> None:
         words = np.random.SeedSequence(seed).generate_state(2, np.uint64)
         with no_record():  # whoever draws again wants this key, no other

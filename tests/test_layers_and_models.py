@@ -1,5 +1,6 @@
 """Layers and models as a Keras user knows them: build, compile, fit, evaluate, predict, weights."""
 
+import copy
 import io
 import itertools
 import json
@@ -1432,6 +1433,19 @@ def test_get_and_set_weights():
     ):
         other.set_weights(wrong)
     assert_weights(other, before)  # the first three fitted
+
+
+def test_a_copy_of_a_model_is_its_own():
+    model = tg.Sequential([Dense(4, "relu"), Dropout(0.5, seed=1), Dense(2)])
+    x = np.ones((8, 3), np.float32)
+    model(x)
+    twin = copy.deepcopy(model)
+    np.testing.assert_array_equal(twin(x, training=True), model(x, training=True))
+    before = model.get_weights()
+    twin.compile("sgd", "mse")
+    twin.fit(x, np.ones((8, 2)))
+    assert_weights(model, before)
+    assert (twin.get_weights()[0] != before[0]).any()
 
 
 def test_weights_of_a_torn_variable_can_be_loaded(tmp_path):

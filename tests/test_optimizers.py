@@ -1062,6 +1062,17 @@ def test_slots_that_are_not_there():
         optimizer.slot(stranger, "m")
 
 
+def test_copies_before_the_first_step_only():
+    optimizer, variable = optimizers.Adam(0.1), tg.Variable([1.0])
+    twin = copy.deepcopy(optimizer)
+    twin.learning_rate.assign(0.5)
+    for each in (optimizer, twin):
+        each.apply_gradients([(tg.constant([1.0]), variable)])
+    assert float(variable[0]) == pytest.approx(1.0 - 0.1 - 0.5)
+    with pytest.raises(TypeError, match="an optimizer that has taken a step cannot be copied"):
+        copy.deepcopy(optimizer)
+
+
 def test_an_unknown_attribute():
     with pytest.raises(AttributeError, match="SGD has no attribute 'beta_1'"):
         _ = optimizers.SGD().beta_1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import threading
 from typing import Any
 
@@ -334,6 +336,18 @@ def test_recomputing_draws_the_same_numbers() -> None:
     assert int(tg.random.default_generator().counter) == after  # and the stream goes on from there
     tg.random.seed(3)
     np.testing.assert_array_equal(two_masks(x), y)
+
+
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original_does(seed: int | None, copied: Any) -> None:
+    generator = tg.random.Generator(seed)
+    if seed is not None:
+        generator.normal(3)
+    twin = copied(generator)
+    np.testing.assert_array_equal(twin.normal(5), generator.normal(5))
+    generator.normal(1)
+    assert int(twin.counter) < int(generator.counter)
 
 
 # ---- errors
