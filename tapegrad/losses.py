@@ -158,7 +158,7 @@ class Loss:
     reduction  `"sum_over_batch_size"` (the mean), `"sum"` or `"none"`.
     name       as histories show it.
 
-    Raises `ValueError` for another reduction.
+    Raises `ValueError` for another reduction; the call does for a mean of no examples.
     """
 
     def __init__(
@@ -184,6 +184,9 @@ class Loss:
     ) -> Tensor:
         """Return the reduced loss; `sample_weight` multiplies each example's before."""
         losses = self.call(y_true, y_pred)
+        if not losses.size and self.reduction == "sum_over_batch_size":
+            # NaN, and after a step with it every weight would be NaN.
+            raise ValueError(f"[{self.name}] there is no mean of no examples: y_pred is empty")
         if sample_weight is not None:
             weights = as_tensor(sample_weight)
             if weights.shape not in ((), losses.shape):

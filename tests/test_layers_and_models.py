@@ -975,6 +975,18 @@ def test_there_is_no_loss_of_no_rows():
         watch(metrics=["mae"]).evaluate(COLUMN[:0], COLUMN[:0])
 
 
+def test_a_batch_of_no_rows_leaves_the_weights_alone():
+    # Its mean is NaN, and so was every weight after it.
+    model = classifier()
+    model.compile("adam", from_logits())
+    x, y = blobs(8)
+    model.fit([(x, y)])
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="there is no mean of no examples: y_pred is empty"):
+        model.fit([(x[:0], y[:0])])
+    assert_weights(model, before)
+
+
 def test_no_epochs():
     model = watch()
     history = model.fit(COLUMN, COLUMN, epochs=0)
