@@ -143,7 +143,7 @@ def _found(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
     elif isinstance(value, dict):
         for key, child in value.items():
-            plain = isinstance(key, str) and "." not in key
+            plain = isinstance(key, str) and "." not in key and not key.startswith("[")
             yield from _found(f"{path}.{key}" if plain else f"{path}.[{key!r}]", child)
     elif isinstance(value, (list, tuple)):
         for i, child in enumerate(value):

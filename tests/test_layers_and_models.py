@@ -429,10 +429,11 @@ def test_no_two_variables_have_one_path():
             self.w = tg.Variable(1.0)
             self._w = tg.Variable(2.0)
             self.parts = {"a.b": tg.Variable(3.0), "a": {"b": tg.Variable(4.0)}}
+            self.others = {1: tg.Variable(5.0), "[1]": tg.Variable(6.0), "1": tg.Variable(7.0)}
 
     paths = [path for path, _ in Model().named_variables()]
-    assert len(paths) == 4
-    assert len(set(paths)) == 4
+    assert len(paths) == 7
+    assert len(set(paths)) == 7
 
 
 def test_weights_of_like_named_attributes_are_all_saved(tmp_path):
@@ -1371,6 +1372,24 @@ def test_float64_weights_in_a_float32_model(tmp_path):
     other.load_weights(tmp_path / "w")
     assert {v.dtype.name for v in other.variables} == {"float32"}
     assert_weights(other, [w.astype(np.float32) for w in weights_of(model)])
+
+
+def test_fractions_in_place_of_whole_numbers(tmp_path):
+    class Counter(tg.Model):
+        def __init__(self):
+            super().__init__()
+            self.count = tg.Variable(3, trainable=False)
+            self.rate = tg.Variable(0.5)
+
+    model, path = Counter(), tmp_path / "w"
+    for wrong in (2.7, np.nan):  # 2, and the smallest number of all
+        safetensors.save(path, {"count": np.array(wrong), "rate": np.array(1.0)})
+        with pytest.raises(ValueError, match="count holds float64 in the file, int64 in the model"):
+            model.load_weights(path)
+        assert [v.numpy().item() for v in model.variables] == [3, 0.5]
+    safetensors.save(path, {"count": np.array(4, np.int32), "rate": np.array(1)})
+    model.load_weights(path)
+    assert [v.numpy().item() for v in model.variables] == [4, 1.0]
 
 
 def broken_files(path):

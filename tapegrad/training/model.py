@@ -325,7 +325,8 @@ class Model(Layer):
         """Read all Variables from a safetensors file that `save_weights` wrote.
 
         Nothing in the file is executed, and nothing is changed unless all of it fits. Raises
-        `FormatError` for a broken file, `ValueError` for names and shapes that are not the model's.
+        `FormatError` for a broken file, `ValueError` for names and shapes that are not the model's
+        and for fractions where it has whole numbers.
         """
         from tapegrad import safetensors
 
@@ -339,11 +340,16 @@ class Model(Layer):
                 f"{', '.join(missing) or 'none'}; unknown: {', '.join(extra) or 'none'}"
             )
         for name, variable in found.items():
-            shape = variable._memory.shape
+            shape, dtype = variable._memory.shape, variable._memory.dtype
             if arrays[name].shape != shape:
                 raise ValueError(
                     f"{os.fspath(path)}: {name} has shape {arrays[name].shape} in the file, "
                     f"{shape} in the model"
+                )
+            if dtype.kind in "biu" and not np.can_cast(arrays[name].dtype, dtype, "same_kind"):
+                raise ValueError(
+                    f"{os.fspath(path)}: {name} holds {arrays[name].dtype} in the file, "
+                    f"{dtype} in the model"
                 )
         for name, variable in found.items():
             variable.assign(constant(arrays[name].astype(variable._memory.dtype)))
