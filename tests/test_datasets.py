@@ -381,6 +381,15 @@ def test_labels_that_number_no_classes(tmp_path: pathlib.Path, labels: list[int]
             {"x_train": np.zeros((4, 2)), "y_train": np.arange(4), "x_test": np.zeros((1, 2))},
             "it has x_train, y_train, x_test",
         ),
+        (
+            {
+                "images": np.zeros((4, 2)),
+                "labels": np.arange(4),
+                "test_images": np.zeros((1, 2)),
+                "test_labels": np.arange(1),
+            },
+            "it has images, labels, test_images, test_labels",
+        ),
         ({"images": np.zeros((4, 2)), "labels": np.zeros(4)}, "labels must be integers"),
         ({"images": np.zeros((4, 2)), "labels": np.zeros((4, 2), int)}, "labels must be integers"),
         ({"images": np.zeros((4, 2), "c8"), "labels": np.arange(4)}, "images must be real numbers"),

@@ -247,7 +247,9 @@ def _from_arrays(
 ) -> Dataset:
     keys = next((keys for keys in _KEYS if {*keys[:2]} <= arrays.keys()), ())
     found = [key for key in keys if key in arrays]
-    if len(found) not in (2, 4):
+    # A test part under names of another row would be left aside without a word.
+    others = [key for row in _KEYS for key in row if key in arrays and key not in keys]
+    if len(found) not in (2, 4) or others:
         raise FormatError(
             f"{where}: needs arrays {' or '.join('(' + ', '.join(keys) + ')' for keys in _KEYS)}, "
             f"the test part being optional; it has {', '.join(arrays)}"
