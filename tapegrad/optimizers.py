@@ -12,7 +12,7 @@ import numpy as np
 from tapegrad import _backend
 from tapegrad._flat_parameters import Group, Run, put_in_a_row
 from tapegrad._recording import no_record, state
-from tapegrad._structure import flatten
+from tapegrad._structure import flatten, leaves_where
 from tapegrad._update_rules import (
     adagrad_update,
     adam_update,
@@ -179,8 +179,12 @@ class Optimizer:
         ]
 
     def apply(self, gradients: Any, variables: Any) -> None:
-        """Take one step with structures of gradients and of variables that correspond."""
-        self.apply_gradients(zip(flatten(gradients), flatten(variables), strict=True))
+        """Take one step with structures of gradients and of variables that correspond.
+
+        Mappings go by their keys. Raises `ValueError` for structures that differ.
+        """
+        matched = leaves_where(variables, gradients, "variables", "gradients")
+        self.apply_gradients(zip(matched, flatten(variables), strict=True))
 
     def _units(self) -> dict[str, float]:
         """Return what slots may be kept in: see `_update_rules`."""

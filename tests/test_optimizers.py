@@ -880,6 +880,19 @@ def test_structures_of_gradients_and_variables():
         optimizer.apply([tg.constant([2.0])], [a, b])
 
 
+def test_structures_are_matched_by_their_keys():
+    # By their order b was moved by the gradient of a.
+    a, b = tg.Variable([0.0]), tg.Variable([[0.0]])
+    same = tg.Variable([0.0])
+    optimizers.SGD(1.0).apply(
+        {"a": tg.constant([1.0]), "same": tg.constant([2.0]), "b": tg.constant([[3.0]])},
+        {"same": same, "b": b, "a": a},
+    )
+    assert [float(tg.sum(v)) for v in (a, b, same)] == [-1.0, -3.0, -2.0]
+    with pytest.raises(ValueError, match="gradients must have the structure of variables"):
+        optimizers.SGD().apply([tg.constant([1.0])], [a, same])
+
+
 def test_what_counts_as_a_gradient():
     variable = tg.Variable([0.0, 0.0], dtype=np.float32)
     optimizer = optimizers.SGD(1.0)
