@@ -988,6 +988,14 @@ def test_a_batch_of_no_rows_leaves_the_weights_alone():
     assert_weights(model, before)
 
 
+def test_a_last_batch_of_one_row_that_the_model_squeezes():
+    model = watch(metrics=["mae"])
+    model.call = lambda x, training=False: tg.squeeze(x * model.w)
+    history = model.fit(COLUMN[:9], 0 * COLUMN[:9, 0], batch_size=4, shuffle=False).history
+    assert history["loss"] == pytest.approx([(np.arange(9.0) ** 2).mean()])
+    assert history["mean_absolute_error"] == pytest.approx([4.0])
+
+
 def test_no_epochs():
     model = watch()
     history = model.fit(COLUMN, COLUMN, epochs=0)

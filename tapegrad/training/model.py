@@ -114,7 +114,8 @@ class Model(Layer):
 
     def _take_in(self, loss: Tensor, y: Any, y_pred: Any, sample_weight: Any) -> None:
         with no_record():
-            rows = flatten(y_pred)[0].shape[0]
+            shape = flatten(y_pred)[0].shape
+            rows = shape[0] if shape else 1  # a model that squeezes its output, of a single row
             self._loss_mean.update_state(loss, float(rows))
             for metric in self._metrics:
                 metric.update_state(y, y_pred)
