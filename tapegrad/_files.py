@@ -206,7 +206,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
         path: the file to write; its folder must exist.
 
     Raises:
-        OSError: if any step fails; the temporary file is removed first.
+        OSError: if any step fails; the temporary file is removed first. Also if `path` is there and
+            no file: /dev/null would become one.
 
     >>> import pathlib, tempfile
     >>> from tapegrad._files import atomic_write
@@ -218,6 +219,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     b'whole'
     """
     target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(errno.EINVAL, "cannot be replaced by a file", os.fspath(path))
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".tapegrad-{os.urandom(8).hex()}.tmp")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -73,6 +73,12 @@ class Group:
         self._gradients, *_ = self._memory(self._flat.size, [0.0, 0.0] if small else [0.0])
         self._gradient_buffer = Buffer(self._gradients)
         self._runs: dict[tuple[bool, ...], list[tuple[Run, list[int]]]] = {}
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer that has taken a step cannot be copied or pickled, nor a model that has "
+            "one: keep model.get_weights(), or copy the model before it is trained"
+        )
 
     def _memory(self, size: int, values: Sequence[float]) -> list[Array]:
         if self._xp is np:

@@ -158,8 +158,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    dataset = None if arguments.data is None else _load(arguments.data, arguments)
-    found = runs.evaluate(Path(arguments.folder), dataset, arguments.backend)
+    folder, name = Path(arguments.folder), arguments.data
+    if name is None:
+        name = runs.read_settings(folder)[0].data
+    found = runs.evaluate(folder, _load(name, arguments), arguments.backend)
     print(f"test accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}")
 
 

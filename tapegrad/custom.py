@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,9 +129,10 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
     grad  takes an upstream gradient for each tensor in the result (zeros for unused ones) and
           returns a gradient, or None, for each tensor among the arguments, given by position or
-          by keyword, in the order of the signature. Numbers count as tensors. If the function
-          reads trainable Variables that are no arguments, `grad` must take a keyword `variables`,
-          and returns a pair: the gradients of the arguments and a list of those of `variables`.
+          by keyword, in the order of the signature; for a mapping of tensors, a mapping with its
+          keys. Numbers count as tensors. If the function reads trainable Variables that are no
+          arguments, `grad` must take a keyword `variables`, and returns a pair: the gradients of
+          the arguments and a list of those of `variables`.
 
     Higher derivatives go through the operations of `grad`, what it captured of the function's own
     included. Raises `TypeError` when the function or `grad` has not the right form, `ValueError`
@@ -159,6 +160,7 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
             leaves[i] = _tensor(leaves[i])
         args = unflatten(args, leaves)
         inputs = [leaves[i] for i in slots]
+        form = map_structure(lambda _: None, args)
         recorders = _tapes()
         observer = _Observer(inputs)
         # Outer tapes see the function's own operations too, so that second derivatives reach what
@@ -199,9 +201,9 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
             upstream = _upstream(g, facts)
             if variables:
                 both = grad(*upstream, variables=[v for v, _ in variables])
-                gradients = _both_kinds(both, len(inputs), len(variables), function)
+                gradients = _both_kinds(both, form, len(inputs), len(variables), function)
             else:
-                gradients = _gradients_of(grad(*upstream), len(inputs), function)
+                gradients = _gradients_of(grad(*upstream), form, len(inputs), function)
             return [
                 _checked_gradient(gradient, shape, i, function)
                 for i, (gradient, shape) in enumerate(zip(gradients, shapes, strict=True))
@@ -266,8 +268,22 @@ def _would_watch(recorders: list[Any], variable: Variable, version: Tensor) -> b
     return _watched(recorders, version)
 
 
-def _gradients_of(answer: Any, count: int, function: Callable[..., Any]) -> list[Any]:
-    gradients = flatten(answer) if is_container(answer) else [answer]
+def _in_order(answer: Any, form: Any) -> list[Any]:
+    """Return the leaves of an answer; where the arguments are mappings, in the order of those."""
+    pairs: Any
+    if isinstance(form, Mapping) and isinstance(answer, Mapping) and form.keys() == answer.keys():
+        pairs = [(answer[key], form[key]) for key in form]
+    elif all(isinstance(x, (tuple, list)) for x in (answer, form)) and len(answer) == len(form):
+        pairs = zip(answer, form, strict=True)
+    else:
+        return flatten(answer) if is_container(answer) else [answer]
+    return [leaf for a, b in pairs for leaf in _in_order(a, b)]
+
+
+def _gradients_of(
+    answer: Any, form: tuple[Any, ...], count: int, function: Callable[..., Any]
+) -> list[Any]:
+    gradients = _in_order((answer,) if isinstance(answer, Mapping) else answer, form)
     if len(gradients) != count:
         error = ValueError(
             f"custom_gradient function expected to return {count} gradients, "
@@ -278,7 +294,9 @@ def _gradients_of(answer: Any, count: int, function: Callable[..., Any]) -> list
     return gradients
 
 
-def _both_kinds(both: Any, inputs: int, variables: int, function: Callable[..., Any]) -> list[Any]:
+def _both_kinds(
+    both: Any, form: tuple[Any, ...], inputs: int, variables: int, function: Callable[..., Any]
+) -> list[Any]:
     if not isinstance(both, (tuple, list)) or len(both) != 2:
         raise TypeError(
             f"the grad_fn of {_place(function)} must return (gradients of the arguments, "
@@ -289,7 +307,7 @@ def _both_kinds(both: Any, inputs: int, variables: int, function: Callable[..., 
         error = ValueError("Must return gradient for each variable from @custom_gradient grad_fn.")
         error.add_note(f"{variables} variables, {len(of_variables)} gradients: {_place(function)}")
         raise error
-    return _gradients_of(both[0], inputs, function) + of_variables
+    return _gradients_of(both[0], form, inputs, function) + of_variables
 
 
 def _checked_gradient(

@@ -160,14 +160,16 @@ _BY_NAME: dict[str, Callable[[], Initializer]] = {
 def get(initializer: Any) -> Initializer:
     """Return the initialiser that a name or a function of (shape, dtype) stands for.
 
-    Raises `ValueError` for an unknown name.
+    `he_normal` stands for `he_normal()`, and so on. Raises `ValueError` for an unknown name.
 
     >>> tg.initializers.get("he_normal")
     VarianceScaling(2.0, 'fan_in', 'normal')
     """
     if isinstance(initializer, str) and initializer in _BY_NAME:
         return _BY_NAME[initializer]()
-    if callable(initializer):
+    if any(initializer is make for make in _BY_NAME.values()):
+        return initializer()  # type: ignore[no-any-return]
+    if callable(initializer) and not isinstance(initializer, type):
         return initializer  # type: ignore[no-any-return]
     names = ", ".join(_BY_NAME)
     raise ValueError(f"initializer must be a function or one of {names}, got {initializer!r}")

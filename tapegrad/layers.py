@@ -143,7 +143,7 @@ def _found(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
     elif isinstance(value, dict):
         for key, child in value.items():
-            plain = isinstance(key, str) and "." not in key
+            plain = isinstance(key, str) and "." not in key and not key.startswith("[")
             yield from _found(f"{path}.{key}" if plain else f"{path}.[{key!r}]", child)
     elif isinstance(value, (list, tuple)):
         for i, child in enumerate(value):
@@ -211,8 +211,9 @@ class Dense(Layer):
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         """Make kernel (inputs, units) and bias (units,)."""
-        if not input_shape:
-            raise ValueError(f"{self.name}: the input must be (..., inputs), got a 0-d tensor")
+        if not input_shape or isinstance(input_shape[0], tuple):
+            got = f"{len(input_shape)} tensors" if input_shape else "a 0-d tensor"
+            raise ValueError(f"{self.name}: the input must be (..., inputs), got {got}")
         kernel = self.kernel_initializer((input_shape[-1], self.units), self.dtype)
         self.kernel = Variable(kernel, name=f"{self.name}/kernel")
         if self.use_bias:

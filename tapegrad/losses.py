@@ -87,6 +87,11 @@ def sparse_categorical_crossentropy(
     return nn.softmax_cross_entropy(logits, t, ignore_label=ignore_class, reduction="none")
 
 
+def _check_smoothing(name: str, smoothing: float) -> None:
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"[{name}] label_smoothing must be from 0 to 1, got {smoothing!r}")
+
+
 def categorical_crossentropy(
     y_true: ArrayLike, y_pred: ArrayLike, from_logits: bool = False, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -95,11 +100,12 @@ def categorical_crossentropy(
     y_true, y_pred   (..., classes); y_pred are probabilities, or with `from_logits` logits.
     label_smoothing  s: the targets become (1 - s) * y_true + s / classes.
 
-    Raises `ValueError` for unequal shapes.
+    Raises `ValueError` for unequal shapes and a label_smoothing outside 0 to 1.
 
     >>> print(tg.losses.categorical_crossentropy([[0.0, 1.0]], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
+    _check_smoothing("categorical_crossentropy", label_smoothing)
     t, p = pair("categorical_crossentropy", y_true, y_pred)
     if from_logits:
         return nn.softmax_cross_entropy(p, t, label_smoothing=label_smoothing, reduction="none")
@@ -116,11 +122,12 @@ def binary_crossentropy(
     y_true, y_pred   of one shape; y_pred are probabilities, or with `from_logits` logits.
     label_smoothing  s: the targets become (1 - s) * y_true + s / 2.
 
-    Raises `ValueError` for unequal shapes.
+    Raises `ValueError` for unequal shapes and a label_smoothing outside 0 to 1.
 
     >>> print(tg.losses.binary_crossentropy([[1.0]], [[0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
+    _check_smoothing("binary_crossentropy", label_smoothing)
     t, p = pair("binary_crossentropy", y_true, y_pred)
     if label_smoothing:
         t = ew.add(ew.multiply(t, 1.0 - label_smoothing), label_smoothing / 2)
@@ -151,7 +158,7 @@ class Loss:
     reduction  `"sum_over_batch_size"` (the mean), `"sum"` or `"none"`.
     name       as histories show it.
 
-    Raises `ValueError` for another reduction.
+    Raises `ValueError` for another reduction; the call does for a mean of no examples.
     """
 
     def __init__(
@@ -177,6 +184,9 @@ class Loss:
     ) -> Tensor:
         """Return the reduced loss; `sample_weight` multiplies each example's before."""
         losses = self.call(y_true, y_pred)
+        if not losses.size and self.reduction == "sum_over_batch_size":
+            # NaN, and after a step with it every weight would be NaN.
+            raise ValueError(f"[{self.name}] there is no mean of no examples: y_pred is empty")
         if sample_weight is not None:
             weights = as_tensor(sample_weight)
             if weights.shape not in ((), losses.shape):
@@ -314,7 +324,7 @@ def get(loss: Any) -> Loss:
         return loss
     if isinstance(loss, str) and loss in _BY_NAME:
         return _BY_NAME[loss]()
-    if callable(loss):
+    if callable(loss) and not isinstance(loss, type):
         return Loss(loss)
     raise ValueError(
         f"loss must be a function, a Loss or one of {', '.join(_BY_NAME)}, got {loss!r}"

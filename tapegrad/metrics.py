@@ -240,7 +240,7 @@ def get(metric: Any) -> Metric:
         return metric
     if isinstance(metric, str) and metric in _BY_NAME:
         return _BY_NAME[metric]()
-    if callable(metric):
+    if callable(metric) and not isinstance(metric, type):
         return Metric(metric)
     names = ", ".join(_BY_NAME)
     raise ValueError(f"metric must be a function, a metric or one of {names}, got {metric!r}")

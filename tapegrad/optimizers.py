@@ -12,7 +12,7 @@ import numpy as np
 from tapegrad import _backend
 from tapegrad._flat_parameters import Group, Run, put_in_a_row
 from tapegrad._recording import no_record, state
-from tapegrad._structure import flatten
+from tapegrad._structure import flatten, leaves_where
 from tapegrad._update_rules import (
     adagrad_update,
     adam_update,
@@ -43,6 +43,8 @@ class Optimizer:
                        ones are not lost in 16 bits: they are divided by it first.
     """
 
+    # The settings that an optimiser has if they are asked for when it is made.
+    _OPTIONAL: tuple[str, ...] = ("global_clipnorm", "loss_scale_factor")
     _SLOTS: tuple[str, ...] = ()
     _START: tuple[float, ...] = ()  # the slots' first values; zeros if empty
     # The slots that are moving averages, and which hyper-parameter says what they keep.
@@ -97,8 +99,12 @@ class Optimizer:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_hyperparameters", ()):
             self._hyperparameters[name].assign(value)
-        elif name in ("global_clipnorm", "loss_scale_factor"):
+        elif name in self._OPTIONAL:
             raise AttributeError(f"{type(self).__name__} was made without {name}: give it there")
+        elif name != "name" and not name.startswith("_") and not hasattr(type(self), name):
+            # `optimizer.lr = 0.1` would change nothing, and nobody would know.
+            settings = ", ".join(self._hyperparameters)
+            raise AttributeError(f"{type(self).__name__} has no setting {name!r}, only {settings}")
         else:
             object.__setattr__(self, name, value)
 
@@ -173,8 +179,12 @@ class Optimizer:
         ]
 
     def apply(self, gradients: Any, variables: Any) -> None:
-        """Take one step with structures of gradients and of variables that correspond."""
-        self.apply_gradients(zip(flatten(gradients), flatten(variables), strict=True))
+        """Take one step with structures of gradients and of variables that correspond.
+
+        Mappings go by their keys. Raises `ValueError` for structures that differ.
+        """
+        matched = leaves_where(variables, gradients, "variables", "gradients")
+        self.apply_gradients(zip(matched, flatten(variables), strict=True))
 
     def _units(self) -> dict[str, float]:
         """Return what slots may be kept in: see `_update_rules`."""
@@ -279,7 +289,7 @@ class Optimizer:
 class SGD(Optimizer):
     """Gradient descent: p -= learning_rate * g, with momentum if asked for.
 
-    momentum  mu > 0: v = mu * v - learning_rate * g; p += v.
+    momentum  mu > 0: v = mu * v - learning_rate * g; p += v. It can be assigned if it was given.
     nesterov  whether then p += mu * v - learning_rate * g instead (Y. Nesterov, 1983).
 
     Raises `ValueError` for negative numbers.
@@ -287,6 +297,8 @@ class SGD(Optimizer):
     >>> tg.optimizers.SGD(learning_rate=0.1, momentum=0.9)
     <SGD learning_rate=0.1, momentum=0.9>
     """
+
+    _OPTIONAL = (*Optimizer._OPTIONAL, "momentum")
 
     def __init__(
         self,
@@ -302,7 +314,7 @@ class SGD(Optimizer):
             global_clipnorm=global_clipnorm,
             loss_scale_factor=loss_scale_factor,
             learning_rate=learning_rate,
-            momentum=momentum,
+            **({"momentum": momentum} if momentum else {}),  # without it there is no velocity
         )
         self._nesterov = bool(nesterov)
         self._has_momentum = momentum > 0
@@ -315,7 +327,7 @@ class SGD(Optimizer):
         self, p: Variable, slots: tuple[Variable, ...], g: Operand, units: dict[str, float]
     ) -> None:
         if not self._has_momentum:
-            sgd_update(p, g, self._hyperparameters["learning_rate"], *self._factor)
+            sgd_update(p, g, *self._settings)
             return
         momentum_update(p, *slots, g, *self._settings, nesterov=self._nesterov)
 
@@ -477,7 +489,7 @@ def get(optimizer: Any) -> Optimizer:
     Raises `ValueError` for an unknown name.
 
     >>> tg.optimizers.get("sgd")
-    <SGD learning_rate=0.01, momentum=0>
+    <SGD learning_rate=0.01>
     """
     if isinstance(optimizer, Optimizer):
         return optimizer

@@ -161,6 +161,16 @@ class Generator:
             self._set_key(seed)
         self.counter.assign(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy goes on from: the same numbers follow in both."""
+        if self._unseeded:
+            self._set_key(None)
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     def _set_key(self, seed: int | None) -> None:
         words = np.random.SeedSequence(seed).generate_state(2, np.uint64)
         with no_record():  # whoever draws again wants this key, no other
@@ -199,17 +209,22 @@ class Generator:
         dtype: Any = DEFAULT_FLOAT,
     ) -> Tensor:
         """Return numbers evenly spread over minval <= x < maxval; see `tapegrad.random.uniform`."""
-        kind, lengths = np.dtype(dtype), normalize_shape("uniform", shape)
+        kind, lengths = np.dtype(dtype), _lengths("uniform", shape)
         if kind.kind in "iu":
             if maxval is None:
                 raise ValueError("[uniform] integers need maxval, the number above the largest")
             return self._integers(lengths, minval, maxval, kind)
-        bits = self._draw(math.prod(lengths), _float_width("uniform", kind))
+        width = _float_width("uniform", kind)
         low, high = float(minval), 1.0 if maxval is None else float(maxval)
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise ValueError(
                 f"[uniform] minval must be at most maxval, both finite, got {low} and {high}"
             )
+        with np.errstate(over="ignore"):
+            # An infinite one would give the same number every time.
+            if not np.isfinite(kind.type(high) - kind.type(low)):
+                raise ValueError(f"[uniform] {low} to {high} is a range too wide for {kind}")
+        bits = self._draw(math.prod(lengths), width)
         return _uniform(bits, shape=lengths, dtype=kind, low=low, high=high)
 
     def _integers(self, shape: tuple[int, ...], low: Any, high: Any, dtype: Any) -> Tensor:
@@ -235,7 +250,7 @@ class Generator:
         dtype: Any = DEFAULT_FLOAT,
     ) -> Tensor:
         """Return normally distributed numbers; see `tapegrad.random.normal`."""
-        kind, lengths = np.dtype(dtype), normalize_shape("normal", shape)
+        kind, lengths = np.dtype(dtype), _lengths("normal", shape)
         _float_width("normal", kind)
         count = math.prod(lengths)
         bits = self._draw(count + count % 2, 64 if kind == np.float64 else 32)
@@ -247,7 +262,7 @@ class Generator:
         """Return booleans that are True with a probability (to 2**-32)."""
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"[mask] probability must be from 0 to 1, got {probability!r}")
-        lengths = normalize_shape("mask", shape)
+        lengths = _lengths("mask", shape)
         bits = self._draw(math.prod(lengths), 32)
         return _mask(bits, shape=lengths, threshold=_threshold(probability))
 
@@ -259,7 +274,8 @@ class Generator:
 
     def permutation(self, n: int) -> Tensor:
         """Return the integers from 0 to n - 1 in a random order."""
-        return indexing.argsort(self._draw(operator.index(n), 64))
+        (count,) = _lengths("permutation", operator.index(n))
+        return indexing.argsort(self._draw(count, 64))
 
     def shuffle(self, x: ArrayLike) -> Tensor:
         """Return the rows of x (its slices along axis 0) in a random order."""
@@ -273,6 +289,14 @@ class Generator:
 def _at(index: Tensor, x: Tensor) -> Tensor:
     """Bring an index to where x is."""
     return index if index.backend == x.backend else to_backend(index, x.backend)
+
+
+def _lengths(name: str, shape: Shape) -> tuple[int, ...]:
+    """Return a shape that numbers can be drawn for."""
+    lengths = normalize_shape(name, shape)
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"[{name}] an axis has no length below 0, got shape {lengths}")
+    return lengths
 
 
 def _float_width(name: str, dtype: np.dtype[Any]) -> int:
@@ -319,7 +343,8 @@ def uniform(
     dtype  float16, float32, float64, or an integer type, which needs maxval.
     seed   None draws from the common stream; a number gives the same numbers every time.
 
-    Raises `ValueError` for an empty range of integers, `TypeError` for another dtype.
+    Raises `ValueError` for an empty range of integers and one of floats that is too wide for
+    dtype, `TypeError` for another dtype.
 
     >>> tg.random.uniform((2, 3)).shape
     (2, 3)

@@ -196,6 +196,7 @@ class Operand:
 
     def __format__(self, spec: str) -> str:
         if not spec:
+            self._leave("text in an f-string")
             return str(self)
         return format(self._scalar(f"text by the format {spec!r}"), spec)
 

@@ -131,6 +131,12 @@ class Variable(Operand):
         return version
 
     @property
+    def _memory(self) -> Array:
+        """Where the values lie, whole or torn: who is about to assign them asks what fits there."""
+        array = self._array
+        return array.memory if type(array) is _Torn else array
+
+    @property
     def trainable(self) -> bool:
         """Whether tapes watch this variable when it is read; fixed at construction."""
         return self._trainable

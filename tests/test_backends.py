@@ -532,7 +532,7 @@ def test_the_command_line_on_both_backends(cupy, tmp_path):
     settings = runs.Settings(hidden=(8,), epochs=1)
     found = [runs.train(settings, digits, tmp_path / n, n, 0)[1] for n in ("numpy", "cupy")]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
-    assert runs.evaluate(tmp_path / "cupy", None, "numpy") == pytest.approx(found[1], rel=1e-5)
+    assert runs.evaluate(tmp_path / "cupy", digits, "numpy") == pytest.approx(found[1], rel=1e-5)
 
 
 # ---- nothing touches an array outside a primitive

@@ -125,7 +125,7 @@ def test_what_the_files_hold(trained):
         "epochs": 2,
         "seed": 3,
         "features": 64,
-        "classes": 10,
+        "classes": list("0123456789"),
     }
     arrays, _ = safetensors.load(folder / "weights.safetensors")
     assert {name: array.shape for name, array in arrays.items()} == {
@@ -172,8 +172,8 @@ def test_options_reach_the_training(capsys):
         "learning rate 0.5, batch size 500, epochs 1, seed 0"
     )
     settings, features, classes = runs.read_settings(Path("deep/er"))
-    assert (features, classes) == (64, 10)
-    model = runs.build(settings, features, classes)
+    assert (features, classes) == (64, tuple("0123456789"))
+    model = runs.build(settings, features, len(classes))
     assert [type(layer).__name__ for layer in model.layers] == [
         "Dense",
         "Dropout",
@@ -213,7 +213,7 @@ def test_training_again_replaces_the_run(capsys, trained):
 def write_data(path, labels, n=30):
     rng = np.random.default_rng(0)
     y = np.resize(labels, n)
-    x = rng.normal(size=(n, 4)).astype(np.float32) + y[:, None]
+    x = rng.normal(size=(n, 4)).astype(np.float32) + np.unique(y, return_inverse=True)[1][:, None]
     if path.endswith(".npz"):
         np.savez(path, images=x, labels=y)
     else:
@@ -230,6 +230,60 @@ def test_files_of_ones_own(capsys, name):
     assert out[-1].endswith(f"to {Path('runs/mine')}")
     printed = next(line for line in out if line.startswith("test accuracy"))
     assert tapegrad(capsys, "evaluate", "runs/mine") == (0, [printed], [])
+
+
+def test_classes_go_by_their_names(capsys):
+    # A file without cats called its dogs class 0, which the model knows as cats.
+    write_data("all.csv", ["cat", "dog", "fish"], n=60)
+    assert tapegrad(capsys, "train", "--data", "all.csv", "--epochs", 1, "--hidden", 4)[0] == 0
+    rows = Path("all.csv").read_text().splitlines()
+    tested = [row for i, row in enumerate(rows[1:]) if i % 5 == 4 and not row.endswith("cat")]
+    # Every fifth row of a file is tested.
+    again = [rows[0], *(row for row in tested for _ in range(5))]
+    Path("some.csv").write_text("\n".join(again) + "\n")
+    some = tg.data.load("some.csv")
+    assert some.classes == ("dog", "fish")
+    arrays, _ = safetensors.load("runs/all/weights.safetensors")
+    h = np.maximum(some.test_images @ arrays["layers.0.kernel"] + arrays["layers.0.bias"], 0)
+    chosen = (h @ arrays["layers.1.kernel"] + arrays["layers.1.bias"]).argmax(1)
+    expected = (chosen == some.test_labels + 1).mean()
+    assert expected != (chosen == some.test_labels).mean()
+    code, out, err = tapegrad(capsys, "evaluate", "runs/all", "--data", "some.csv")
+    assert code == 0, err
+    assert out[0].startswith(f"test accuracy {expected:.2%},")
+
+
+def test_classes_that_the_model_does_not_know(capsys):
+    write_data("pets.csv", ["cat", "dog"])
+    assert tapegrad(capsys, "train", "--data", "pets.csv", "--epochs", 1, "--hidden", 4)[0] == 0
+    write_data("birds.csv", ["dog", "duck", "hen"])
+    message = r"runs.pets does not know the classes duck, hen of birds\.csv, only cat, dog$"
+    wrong(capsys, "evaluate", "runs/pets", "--data", "birds.csv", match=message)
+
+
+def test_evaluate_looks_in_the_data_folder(capsys):
+    # The four files of MNIST, with other pixels to be tested in each of two folders.
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4), dtype="u1")
+    labels = np.arange(20, dtype="u1") % 10
+    for folder, shift in (("one", 0), ("two", 1)):
+        Path(folder).mkdir()
+        for part, array in {
+            "train-images-idx3": pixels,
+            "train-labels-idx1": labels,
+            "t10k-images-idx3": np.roll(pixels, shift, 1),
+            "t10k-labels-idx1": labels,
+        }.items():
+            head = struct.pack(f">2x2B{array.ndim}I", 8, array.ndim, *array.shape)
+            Path(folder, f"{part}-ubyte").write_bytes(head + array.tobytes())
+    options = ("--data", "mnist", "--data-folder", "one", "--hidden", 8, "--epochs", 1)
+    code, out, err = tapegrad(capsys, "train", *options)
+    assert code == 0, err
+    printed = next(line for line in out if line.startswith("test accuracy"))
+    evaluate = ("evaluate", "runs/mnist", "--data-folder")
+    assert tapegrad(capsys, *evaluate, "one") == (0, [printed], [])
+    code, out, err = tapegrad(capsys, *evaluate, "two")
+    assert code == 0, err
+    assert out != [printed]
 
 
 @pytest.fixture
@@ -483,6 +537,13 @@ def test_an_output_folder_that_is_a_file(capsys):
     assert Path("taken").read_text() == ""
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder of the system's")
+def test_an_output_folder_that_cannot_be_written_to(capsys, monkeypatch):
+    # It was found out when all was trained, and then all was lost.
+    monkeypatch.setattr(tg.Model, "fit", lambda *_, **__: pytest.fail("trained"))
+    wrong(capsys, "train", *SMALL, "--output", "/proc/self", match="/proc/self")
+
+
 @pytest.mark.parametrize(
     ("labels", "match"),
     [([-1, 1], "label"), ([0, 1000000], "label")],
@@ -575,6 +636,8 @@ BROKEN_SETTINGS = {
     "hidden beyond all": {"hidden": [10**30]},
     "features below none": {"features": -64},
     "classes of text": {"classes": "10"},
+    "no classes": {"classes": []},
+    "classes of numbers": {"classes": [0, 1]},
     "unknown optimizer": {"optimizer": "os.system"},
     "optimizer a list": {"optimizer": ["adam"]},
     "optimizer a number": {"optimizer": 3},

@@ -381,10 +381,28 @@ def test_labels_that_number_no_classes(tmp_path: pathlib.Path, labels: list[int]
             {"x_train": np.zeros((4, 2)), "y_train": np.arange(4), "x_test": np.zeros((1, 2))},
             "it has x_train, y_train, x_test",
         ),
+        (
+            {
+                "images": np.zeros((4, 2)),
+                "labels": np.arange(4),
+                "test_images": np.zeros((1, 2)),
+                "test_labels": np.arange(1),
+            },
+            "it has images, labels, test_images, test_labels",
+        ),
         ({"images": np.zeros((4, 2)), "labels": np.zeros(4)}, "labels must be integers"),
         ({"images": np.zeros((4, 2)), "labels": np.zeros((4, 2), int)}, "labels must be integers"),
         ({"images": np.zeros((4, 2), "c8"), "labels": np.arange(4)}, "images must be real numbers"),
         ({"images": np.full((4, 2), 1e39), "labels": np.arange(4)}, "beyond float32"),
+        (
+            {
+                "x_train": np.full((4, 2), 255, "u1"),
+                "y_train": np.arange(4),
+                "x_test": np.full((1, 2), 255.0),
+                "y_test": np.arange(1),
+            },
+            "x_train are uint8, x_test float64, and only uint8 is divided by 255: store both",
+        ),
         (
             {"images": np.zeros((1, 2)), "labels": np.array([2**63], "u8")},
             "a label of 9223372036854775808 is beyond int64",

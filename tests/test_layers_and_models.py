@@ -1,5 +1,6 @@
 """Layers and models as a Keras user knows them: build, compile, fit, evaluate, predict, weights."""
 
+import copy
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from scipy import special
 
 import tapegrad as tg
 from tapegrad import safetensors
+from tapegrad.data import Batches
 from tapegrad.layers import ACTIVATIONS, Dense, Dropout, Layer
 from tapegrad.training import progress as progress_module
 from tapegrad.training.progress import Progress
@@ -164,6 +166,11 @@ def test_inputs_of_another_width(shape, activation):
             r"initializer must be a function or one of .* got 0\.0",
         ),
         (lambda: Dense(2)(1.0), ValueError, r"the input must be \(\.\.\., inputs\), got a 0-d"),
+        (
+            lambda: tg.Sequential([Dense(2)])([tg.ones((3, 2)), tg.ones((3, 2))]),
+            ValueError,
+            r"the input must be \(\.\.\., inputs\), got 2 tensors",
+        ),
         (lambda: Dropout(1.0), ValueError, r"Dropout: rate must be at least 0 and below 1, got 1"),
         (lambda: Dropout(-0.1), ValueError, r"Dropout: rate must be .* got -0\.1"),
         (lambda: Dropout(float("nan")), ValueError, "Dropout: rate must be .* got nan"),
@@ -224,12 +231,18 @@ def test_initializers_and_seeds():
     assert (first.numpy() != second.numpy()).all()
     tg.random.seed(0)
     np.testing.assert_array_equal(tg.initializers.get("he_normal")((2, 3)), first)
+    tg.random.seed(0)
+    np.testing.assert_array_equal(tg.initializers.get(tg.initializers.he_normal)((2, 3)), first)
 
 
 def test_constant_initializers():
     np.testing.assert_array_equal(tg.initializers.get("zeros")((2,)), [0, 0])
     np.testing.assert_array_equal(tg.initializers.get("ones")((2,), np.float64), [1, 1])
     np.testing.assert_array_equal(tg.initializers.constant(2.5)((1, 2)), [[2.5, 2.5]])
+    assert tg.initializers.get(tg.initializers.zeros)((2,)).tolist() == [0, 0]
+    for wrong in (tg.initializers.VarianceScaling, "zero", 3):
+        with pytest.raises(ValueError, match=r"initializer must be a function or one of .* got"):
+            tg.initializers.get(wrong)
     layer = Dense(2, kernel_initializer=lambda shape, dtype: np.full(shape, 3.0, dtype))
     layer(np.ones((1, 4)))
     np.testing.assert_array_equal(layer.kernel, np.full((4, 2), 3.0))
@@ -353,6 +366,25 @@ def test_build_takes_the_shape_only():
         np.testing.assert_array_equal(before, after)
 
 
+def test_build_needs_every_length_but_the_batchs():
+    # The layers were made for inputs of one number.
+    model = tg.Sequential([Dense(5)])
+    with pytest.raises(ValueError, match=r"only the batch may be None .*, got \(None, None\)"):
+        model.build((None, None))
+    model.build((None, 3))
+    assert model.variables[0].shape == (3, 5)
+
+
+def test_a_sequence_that_begins_with_a_structure():
+    class Joined(Layer):
+        def call(self, x, training=False):
+            return tg.concat([x["a"], x["b"]], axis=-1)
+
+    model = tg.Sequential([Joined(), Dense(2)])
+    assert model({"a": np.ones((4, 1)), "b": np.ones((4, 2))}).shape == (4, 2)
+    assert model.variables[0].shape == (3, 2)
+
+
 class Residual(tg.Model):
     """Two layers in a dict, one in a list, a variable of its own, and a skip."""
 
@@ -397,10 +429,11 @@ def test_no_two_variables_have_one_path():
             self.w = tg.Variable(1.0)
             self._w = tg.Variable(2.0)
             self.parts = {"a.b": tg.Variable(3.0), "a": {"b": tg.Variable(4.0)}}
+            self.others = {1: tg.Variable(5.0), "[1]": tg.Variable(6.0), "1": tg.Variable(7.0)}
 
     paths = [path for path, _ in Model().named_variables()]
-    assert len(paths) == 4
-    assert len(set(paths)) == 4
+    assert len(paths) == 7
+    assert len(set(paths)) == 7
 
 
 def test_weights_of_like_named_attributes_are_all_saved(tmp_path):
@@ -550,6 +583,7 @@ def watch(loss="mse", **options):
 
 
 COLUMN = np.arange(10.0)[:, None]
+LABELS = np.arange(10) % 3
 
 
 def joined(lists):
@@ -705,6 +739,20 @@ def test_class_weights(with_samples):
     assert whole.history["loss"] == pytest.approx([(weights * each).mean()], rel=1e-6)
 
 
+def test_class_weights_of_labels_below_zero():
+    # Minus one was taken for the last class, by NumPy's habit of counting from the end.
+    labels = LABELS[:, None] - 1
+    model = watch(None)
+    model.compute_loss = lambda y, p, weight: tg.sum(weight * p[:, 0])
+    model.train_step = model.test_step
+    history = model.fit(COLUMN, labels, batch_size=10, class_weight={1: 5.0, 10**12: 3.0})
+    expected = (COLUMN[:, 0] * np.where(labels[:, 0] == 1, 5.0, 1.0)).sum()
+    assert history.history["loss"] == pytest.approx([expected])
+    history = model.fit(COLUMN, labels, batch_size=10, class_weight={-1: 5.0})
+    expected = (COLUMN[:, 0] * np.where(labels[:, 0] == -1, 5.0, 1.0)).sum()
+    assert history.history["loss"] == pytest.approx([expected])
+
+
 def test_class_weights_want_integer_labels():
     with pytest.raises(TypeError, match="class_weight needs integer labels, got float64"):
         watch().fit(COLUMN, COLUMN, class_weight={0: 1.0})
@@ -731,8 +779,39 @@ def test_fit_on_batches_that_one_has_made():
 
 def test_a_generator_lasts_one_epoch_only():
     batches = ((COLUMN, COLUMN) for _ in range(2))
-    with pytest.raises(ValueError, match=r"no batch|one pass|exhausted"):
+    with pytest.raises(ValueError, match=r"no batch for epoch 2: a generator lasts one pass"):
         watch().fit(batches, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_weight", np.zeros(10)),
+        ("class_weight", {0: 2.0}),
+        ("validation_split", 0.5),
+    ],
+)
+def test_what_goes_with_rows_is_refused_with_batches(name, value):
+    # The weights, for one, were left aside without a word.
+    message = f"{name} goes with arrays x and y: x is an iterable of batches"
+    model = watch()
+    with pytest.raises(ValueError, match=message):
+        model.fit(Batches((COLUMN, COLUMN), 5), **{name: value})
+    assert not model.seen[True]
+    if name == "sample_weight":
+        with pytest.raises(ValueError, match=message):
+            model.evaluate(Batches((COLUMN, COLUMN), 5), sample_weight=value)
+
+
+def test_inputs_of_a_structure_are_split_too():
+    model = watch()
+    model.call = lambda x, training=False: x["a"] + x["b"]
+    model.train_step = model.test_step
+    history = model.fit(
+        {"a": COLUMN, "b": COLUMN[::-1]}, 0 * COLUMN, validation_split=0.3, sample_weight=LABELS
+    )
+    assert history.history["loss"] == pytest.approx([81 * LABELS[:7].mean()])
+    assert history.history["val_loss"] == pytest.approx([81 * LABELS[7:].mean()])
 
 
 def test_evaluate_and_its_answers():
@@ -857,7 +936,32 @@ def test_a_train_step_of_ones_own():
             ValueError,
             r"arrays\[2\] has 3",
         ),
-        (lambda: watch().fit([(COLUMN,)]), ValueError, r"a batch is \(x, y\) or \(x, y, sample_w"),
+        (
+            lambda: watch().fit(COLUMN, np.tile(COLUMN, (2, 1)), validation_split=0.5),
+            ValueError,
+            r"\[0\] has 10, arrays\[1\] has 20",
+        ),
+        (
+            lambda: watch().fit(COLUMN, COLUMN, validation_data=Batches((COLUMN, COLUMN))),
+            ValueError,
+            r"validation_data is \(x, y\) or \(x, y, sample_weight\), got a Batches",
+        ),
+        (
+            lambda: watch().fit(COLUMN, LABELS, class_weight=[1.0, 2.0]),
+            TypeError,
+            r"class_weight must be a dict \{label: weight\}, got \[1\.0, 2\.0\]",
+        ),
+        (
+            lambda: watch().fit(COLUMN, LABELS, class_weight={"1": 2.0}),
+            TypeError,
+            "class_weight must be a dict .* got {'1': 2.0}",
+        ),
+        (
+            lambda: watch().fit(COLUMN, np.eye(10, dtype=int), class_weight={1: 2.0}),
+            ValueError,
+            r"class_weight needs one label a row, got labels of shape \(10, 10\)",
+        ),
+        (lambda: watch().fit([(COLUMN,)]), ValueError, r"a batch is \(x, y\) .* got a tuple of 1"),
         (lambda: watch().fit([COLUMN]), ValueError, r"a batch is \(x, y\) or \(x, y, sample_w"),
     ],
 )  # fmt: skip
@@ -870,6 +974,26 @@ def test_there_is_no_loss_of_no_rows():
     # A loss of 0.0 and an accuracy of 0 % would be numbers that nobody measured.
     with pytest.raises(ValueError, match=r"no rows|no batch"):
         watch(metrics=["mae"]).evaluate(COLUMN[:0], COLUMN[:0])
+
+
+def test_a_batch_of_no_rows_leaves_the_weights_alone():
+    # Its mean is NaN, and so was every weight after it.
+    model = classifier()
+    model.compile("adam", from_logits())
+    x, y = blobs(8)
+    model.fit([(x, y)])
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="there is no mean of no examples: y_pred is empty"):
+        model.fit([(x[:0], y[:0])])
+    assert_weights(model, before)
+
+
+def test_a_last_batch_of_one_row_that_the_model_squeezes():
+    model = watch(metrics=["mae"])
+    model.call = lambda x, training=False: tg.squeeze(x * model.w)
+    history = model.fit(COLUMN[:9], 0 * COLUMN[:9, 0], batch_size=4, shuffle=False).history
+    assert history["loss"] == pytest.approx([(np.arange(9.0) ** 2).mean()])
+    assert history["mean_absolute_error"] == pytest.approx([4.0])
 
 
 def test_no_epochs():
@@ -1149,6 +1273,10 @@ def test_an_interrupt_is_told_where_anything_is_shown(ctrl_c, capsys):
     assert len(lines) == 2
     assert lines[0].startswith("Epoch 1/5 3/3 ")
     assert lines[1] == "interrupted in epoch 2: the weights are as trained"
+    model = interrupted(1, training=False)
+    fit_column(model, epochs=5, verbose=2, validation_data=(COLUMN, COLUMN))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["interrupted after epoch 1: the weights are as trained"]
     fit_column(interrupted(4), epochs=5, verbose=0)
     assert capsys.readouterr() == ("", "")
 
@@ -1254,6 +1382,24 @@ def test_float64_weights_in_a_float32_model(tmp_path):
     assert_weights(other, [w.astype(np.float32) for w in weights_of(model)])
 
 
+def test_fractions_in_place_of_whole_numbers(tmp_path):
+    class Counter(tg.Model):
+        def __init__(self):
+            super().__init__()
+            self.count = tg.Variable(3, trainable=False)
+            self.rate = tg.Variable(0.5)
+
+    model, path = Counter(), tmp_path / "w"
+    for wrong in (2.7, np.nan):  # 2, and the smallest number of all
+        safetensors.save(path, {"count": np.array(wrong), "rate": np.array(1.0)})
+        with pytest.raises(ValueError, match="count holds float64 in the file, int64 in the model"):
+            model.load_weights(path)
+        assert [v.numpy().item() for v in model.variables] == [3, 0.5]
+    safetensors.save(path, {"count": np.array(4, np.int32), "rate": np.array(1)})
+    model.load_weights(path)
+    assert [v.numpy().item() for v in model.variables] == [4, 1.0]
+
+
 def broken_files(path):
     """Yield (what is wrong, the error, its message) after writing each broken file."""
     residual(0).save_weights(path)
@@ -1319,6 +1465,42 @@ def test_get_and_set_weights():
     assert (model.get_weights()[0] != 0.0).any()
     with pytest.raises(ValueError, match="3 weights for 4 variables"):
         other.set_weights(weights[:3])
+    before = other.get_weights()
+    wrong = [2 * weight for weight in before[:3]] + [np.zeros(5)]
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.bias has shape \(4,\), its weights have \(5,\)"
+    ):
+        other.set_weights(wrong)
+    assert_weights(other, before)  # the first three fitted
+
+
+def test_a_copy_of_a_model_is_its_own():
+    model = tg.Sequential([Dense(4, "relu"), Dropout(0.5, seed=1), Dense(2)])
+    x = np.ones((8, 3), np.float32)
+    model(x)
+    twin = copy.deepcopy(model)
+    np.testing.assert_array_equal(twin(x, training=True), model(x, training=True))
+    before = model.get_weights()
+    twin.compile("sgd", "mse")
+    twin.fit(x, np.ones((8, 2)))
+    assert_weights(model, before)
+    assert (twin.get_weights()[0] != before[0]).any()
+
+
+def test_weights_of_a_torn_variable_can_be_loaded(tmp_path):
+    # What a step that failed in its middle leaves: the error says that loading helps.
+    model = classifier()
+    weights = model.get_weights()
+    model.save_weights(tmp_path / "weights")
+    for load in (
+        lambda: model.load_weights(tmp_path / "weights"),
+        lambda: model.set_weights(weights),
+    ):
+        model.variables[1]._tear("a test")
+        with pytest.raises(RuntimeError, match="load its weights again"):
+            model.get_weights()
+        load()
+        assert_weights(model, weights)
 
 
 # ---- the same again

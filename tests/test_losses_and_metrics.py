@@ -134,6 +134,14 @@ def test_integer_targets_and_float32_predictions():
     close(found, [(0.25 + 4.0) / 2])
 
 
+@pytest.mark.parametrize("loss", [losses.categorical_crossentropy, losses.binary_crossentropy])
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("smoothing", [-0.1, 1.5, float("nan")])
+def test_label_smoothing_is_a_share(loss, from_logits, smoothing):
+    with pytest.raises(ValueError, match=r"_crossentropy\] label_smoothing must be from 0 to 1"):
+        loss(np.eye(2), np.eye(2), from_logits, smoothing)
+
+
 def test_huber_wants_a_positive_delta():
     for delta in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"\[huber\] delta must be above 0, got"):
@@ -529,7 +537,7 @@ def test_losses_by_function_and_by_object():
     close(found(T, P), 2 * np.abs(T - P).mean())
     given = losses.Huber()
     assert losses.get(given) is given
-    for wrong in ("mes", 3, None):
+    for wrong in ("mes", 3, None, losses.Huber):
         with pytest.raises(
             ValueError, match=r"loss must be a function, a Loss or one of mse, .* got"
         ):
@@ -744,7 +752,7 @@ def test_metrics_by_function_and_by_object():
     given = metrics.Accuracy("hits")
     assert metrics.get(given) is given
     assert repr(given) == "<Accuracy hits=0>"
-    for wrong in ("accurcy", 3):
+    for wrong in ("accurcy", 3, metrics.Accuracy):
         with pytest.raises(
             ValueError, match="metric must be a function, a metric or one of accuracy"
         ):

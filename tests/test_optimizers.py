@@ -880,6 +880,19 @@ def test_structures_of_gradients_and_variables():
         optimizer.apply([tg.constant([2.0])], [a, b])
 
 
+def test_structures_are_matched_by_their_keys():
+    # By their order b was moved by the gradient of a.
+    a, b = tg.Variable([0.0]), tg.Variable([[0.0]])
+    same = tg.Variable([0.0])
+    optimizers.SGD(1.0).apply(
+        {"a": tg.constant([1.0]), "same": tg.constant([2.0]), "b": tg.constant([[3.0]])},
+        {"same": same, "b": b, "a": a},
+    )
+    assert [float(tg.sum(v)) for v in (a, b, same)] == [-1.0, -3.0, -2.0]
+    with pytest.raises(ValueError, match="gradients must have the structure of variables"):
+        optimizers.SGD().apply([tg.constant([1.0])], [a, same])
+
+
 def test_what_counts_as_a_gradient():
     variable = tg.Variable([0.0, 0.0], dtype=np.float32)
     optimizer = optimizers.SGD(1.0)
@@ -1062,9 +1075,37 @@ def test_slots_that_are_not_there():
         optimizer.slot(stranger, "m")
 
 
+def test_copies_before_the_first_step_only():
+    optimizer, variable = optimizers.Adam(0.1), tg.Variable([1.0])
+    twin = copy.deepcopy(optimizer)
+    twin.learning_rate.assign(0.5)
+    for each in (optimizer, twin):
+        each.apply_gradients([(tg.constant([1.0]), variable)])
+    assert float(variable[0]) == pytest.approx(1.0 - 0.1 - 0.5)
+    with pytest.raises(TypeError, match="an optimizer that has taken a step cannot be copied"):
+        copy.deepcopy(optimizer)
+
+
 def test_an_unknown_attribute():
     with pytest.raises(AttributeError, match="SGD has no attribute 'beta_1'"):
         _ = optimizers.SGD().beta_1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "message"),
+    [
+        (optimizers.Adam(), "lr", "Adam has no setting 'lr', only learning_rate, beta_1, beta_2, "),
+        (optimizers.SGD(), "learning_rat", "SGD has no setting 'learning_rat', only learning_rate"),
+        (optimizers.SGD(), "momentum", "SGD was made without momentum: give it there"),
+        (optimizers.Adam(), "momentum", "Adam has no setting 'momentum', only learning_rate, "),
+    ],
+)
+def test_settings_that_would_change_nothing(optimizer, name, message):
+    with pytest.raises(AttributeError, match=message):
+        setattr(optimizer, name, 0.5)
+    assert not hasattr(optimizer, name)
+    optimizer.name = "mine"
+    assert optimizer.name == "mine"
 
 
 # ---- the norm of all gradients, and gradients of a scaled loss

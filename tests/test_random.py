@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import threading
 from typing import Any
 
@@ -336,6 +338,18 @@ def test_recomputing_draws_the_same_numbers() -> None:
     np.testing.assert_array_equal(two_masks(x), y)
 
 
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original_does(seed: int | None, copied: Any) -> None:
+    generator = tg.random.Generator(seed)
+    if seed is not None:
+        generator.normal(3)
+    twin = copied(generator)
+    np.testing.assert_array_equal(twin.normal(5), generator.normal(5))
+    generator.normal(1)
+    assert int(twin.counter) < int(generator.counter)
+
+
 # ---- errors
 
 
@@ -361,6 +375,10 @@ def test_a_failed_draw_leaves_the_stream_where_it_was() -> None:
     for draw in (
         lambda: generator.uniform(2, 5, 5, dtype=tg.int32),
         lambda: generator.uniform(2, dtype=tg.bool),
+        lambda: generator.uniform(2, 3, 2),
+        lambda: generator.uniform(-1),
+        lambda: generator.normal(-1),
+        lambda: generator.mask((3, -1), 0.5),
         lambda: generator.normal(2, dtype=tg.int32),
         lambda: generator.mask(2, 2.0),
         lambda: generator.shuffle(1.0),
@@ -381,3 +399,25 @@ def test_integers_fit_their_type(maximum: int) -> None:
     else:
         with pytest.raises(ValueError, match=r"^\[uniform\].*int8"):
             tg.random.uniform(1000, 0, maximum, dtype=tg.int8, seed=1)
+
+
+@pytest.mark.parametrize("shape", [-1, (-1,), (3, -1), (-1, -1), (0, -2)])
+def test_no_length_is_below_0(shape: Any) -> None:
+    """So small a number was rounded to none: the answer was an empty tensor."""
+    generator = tg.random.Generator(0)
+    for draw in (generator.uniform, generator.normal, lambda x: generator.mask(x, 0.5)):
+        with pytest.raises(ValueError, match="no length below 0"):
+            draw(shape)
+    with pytest.raises(ValueError, match=r"^\[permutation\] an axis has no length below 0"):
+        generator.permutation(-1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_range_is_finite_in_its_type(dtype: Any) -> None:
+    """One of infinite width would give its upper bound every time."""
+    widest = float(np.finfo(dtype).max)
+    half = tg.random.uniform(100, -widest / 2, widest / 2, dtype=dtype, seed=1).numpy()
+    assert len(set(half.tolist())) > 50
+    for low, high in [(-widest, widest), (0.0, 4 * widest), (-0.75 * widest, 0.75 * widest)]:
+        with pytest.raises(ValueError, match=r"^\[uniform\]"):
+            tg.random.uniform(2, low, high, dtype=dtype)

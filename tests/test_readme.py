@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tapegrad.ops import elementwise
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -21,6 +23,12 @@ def test_program(program):
     promised = re.findall(r"print\(.*\n# (.*)", program)
     if promised:
         assert out.getvalue().splitlines() == promised
+
+
+def test_the_row_of_an_operation_is_the_source():
+    source = Path(elementwise.__file__).read_text().splitlines()
+    (row,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    assert [line for line in row.splitlines() if line and line not in source] == []
 
 
 def test_there_are_programs():

@@ -536,3 +536,17 @@ def test_link_stays_a_link(path: pathlib.Path, dangling: bool) -> None:
     assert path.is_symlink()
     assert safetensors.load(target)[0]["x"].tolist() == [1, 1]
     assert [*folder.iterdir()] == [target]
+
+
+@posix
+def test_only_files_are_replaced(tmp_path: pathlib.Path) -> None:
+    # Who is root would have made /dev/null a file.
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to(pipe)
+    for path in (pipe, folder, link):
+        with pytest.raises(OSError, match=f"cannot be replaced by a file: '{path}'"):
+            safetensors.save(path, {"a": np.ones(2)})
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["folder", "link", "pipe"]

@@ -204,7 +204,8 @@ def _find(name: str, folder: Path | None, *, download: bool) -> Path:
     raise FileNotFoundError(
         f"[load] {name!r} needs the files {', '.join(_FILES)} (gzipped or not), and they are not "
         f"all in {' or '.join(map(str, places))}: call load({name!r}, download=True), "
-        f"or pass the folder that has them as folder=...{package}"
+        "or pass the folder that has them as folder=... (on the command line: --download, "
+        f"--data-folder){package}"
     )
 
 
@@ -246,7 +247,9 @@ def _from_arrays(
 ) -> Dataset:
     keys = next((keys for keys in _KEYS if {*keys[:2]} <= arrays.keys()), ())
     found = [key for key in keys if key in arrays]
-    if len(found) not in (2, 4):
+    # A test part under names of another row would be left aside without a word.
+    others = [key for row in _KEYS for key in row if key in arrays and key not in keys]
+    if len(found) not in (2, 4) or others:
         raise FormatError(
             f"{where}: needs arrays {' or '.join('(' + ', '.join(keys) + ')' for keys in _KEYS)}, "
             f"the test part being optional; it has {', '.join(arrays)}"
@@ -259,6 +262,12 @@ def _from_arrays(
             raise FormatError(
                 f"{where}: {found[0]} are of shape {image_shape}, "
                 f"{found[2]} of {arrays[found[2]].shape[1:]}"
+            )
+        kinds = [arrays[key].dtype for key in (found[0], found[2])]
+        if kinds[0] != kinds[1] and np.uint8 in kinds:
+            raise FormatError(
+                f"{where}: {found[0]} are {kinds[0]}, {found[2]} {kinds[1]}, and only uint8 is "
+                f"divided by {white}: store both as one type"
             )
     else:
         held_out = np.arange(len(labels)) % 5 == 4

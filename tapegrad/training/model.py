@@ -13,15 +13,14 @@ from tapegrad import losses, optimizers
 from tapegrad import metrics as metrics_module
 from tapegrad._function import function
 from tapegrad._recording import no_record
-from tapegrad._structure import flatten
+from tapegrad._structure import flatten, map_structure
 from tapegrad.data.batches import Batches
 from tapegrad.data.steps import Steps
 from tapegrad.layers import Layer
 from tapegrad.ops import elementwise as ew
-from tapegrad.ops import shape as shapes
 from tapegrad.ops.arguments import as_tensor
 from tapegrad.ops.creation import zeros
-from tapegrad.ops.indexing import getitem, take
+from tapegrad.ops.indexing import getitem
 from tapegrad.tape import GradientTape
 from tapegrad.tensor import Tensor, constant
 from tapegrad.training.history import History
@@ -115,7 +114,8 @@ class Model(Layer):
 
     def _take_in(self, loss: Tensor, y: Any, y_pred: Any, sample_weight: Any) -> None:
         with no_record():
-            rows = flatten(y_pred)[0].shape[0]
+            shape = flatten(y_pred)[0].shape
+            rows = shape[0] if shape else 1  # a model that squeezes its output, of a single row
             self._loss_mean.update_state(loss, float(rows))
             for metric in self._metrics:
                 metric.update_state(y, y_pred)
@@ -157,7 +157,8 @@ class Model(Layer):
         """Train for some epochs, and return the history of losses and metrics.
 
         x, y              inputs and targets, arrays of equally many rows; or x alone: an iterable
-                          of batches (x, y) or (x, y, sample_weight), one pass an epoch.
+                          of batches (x, y) or (x, y, sample_weight), one pass an epoch. What
+                          goes with rows (weights, validation_split) is then refused.
         verbose           0, 1 (a progress line), 2 (a line an epoch); "auto" is 1 on a terminal.
         validation_split  the share of rows, the last ones, kept for validation.
         validation_data   (x, y) or (x, y, sample_weight) to evaluate on after each epoch.
@@ -176,11 +177,22 @@ class Model(Layer):
             raise ValueError(
                 f"validation_split must be from 0 to below 1, got {validation_split!r}"
             )
+        _are_batches(
+            x,
+            y,
+            sample_weight=sample_weight,
+            class_weight=class_weight,
+            validation_split=validation_split or None,
+        )
         if validation_split and validation_data is None:
             x, y, sample_weight, validation_data = _split(x, y, sample_weight, validation_split)
         if class_weight is not None:
             sample_weight = _class_weights(y, class_weight, sample_weight)
         batches = _batches(x, y, sample_weight, batch_size, shuffle, seed)
+        held_out = None
+        if validation_data is not None:
+            given = _unpack(validation_data, "validation_data")
+            held_out = _batches(*given, batch_size, False, None)
         epoch_of_steps = self._trainer(batches)
         history = History()
         progress = Progress(verbose, epochs)
@@ -198,16 +210,22 @@ class Model(Layer):
                     history.interrupted = True
                     progress.say(f"interrupted in epoch {epoch + 1}: the weights are as trained")
                     break
+                if not done and epoch:
+                    raise ValueError(
+                        f"there is no batch for epoch {epoch + 1}: a generator lasts one pass; "
+                        "give a list of batches or tapegrad.data.Batches"
+                    )
                 if not done:
                     raise ValueError("there is no batch to train on: the data has no rows")
                 numbers = self._numbers()
-                if validation_data is not None:
-                    held_out = self._evaluate(*_unpack(validation_data), batch_size)
-                    numbers |= {f"val_{name}": value for name, value in held_out.items()}
+                if held_out is not None:
+                    found = self._evaluate(held_out)
+                    numbers |= {f"val_{name}": value for name, value in found.items()}
                 history.append(epoch, numbers)
                 progress.end(done, numbers)
                 if interrupts.asked:  # while validating: this epoch is whole, the next not begun
                     history.interrupted = True
+                    progress.say(f"interrupted after epoch {epoch + 1}: the weights are as trained")
                     break
         return history
 
@@ -238,10 +256,10 @@ class Model(Layer):
 
         return many_at_once
 
-    def _evaluate(self, x: Any, y: Any, sample_weight: Any, batch_size: int) -> dict[str, float]:
+    def _evaluate(self, batches: Any) -> dict[str, float]:
         self._reset()
         done = 0
-        for batch in _batches(x, y, sample_weight, batch_size, False, None):
+        for batch in batches:
             self.test_step(*_unpack(batch))
             done += 1
         if not done:
@@ -261,7 +279,7 @@ class Model(Layer):
         Raises `RuntimeError` before `compile`, `ValueError` for unequal numbers of rows.
         """
         self._check_compiled()
-        numbers = self._evaluate(x, y, sample_weight, batch_size)
+        numbers = self._evaluate(_batches(x, y, sample_weight, batch_size, False, None))
         if return_dict:
             return numbers
         values = list(numbers.values())
@@ -308,7 +326,8 @@ class Model(Layer):
         """Read all Variables from a safetensors file that `save_weights` wrote.
 
         Nothing in the file is executed, and nothing is changed unless all of it fits. Raises
-        `FormatError` for a broken file, `ValueError` for names and shapes that are not the model's.
+        `FormatError` for a broken file, `ValueError` for names and shapes that are not the model's
+        and for fractions where it has whole numbers.
         """
         from tapegrad import safetensors
 
@@ -322,24 +341,39 @@ class Model(Layer):
                 f"{', '.join(missing) or 'none'}; unknown: {', '.join(extra) or 'none'}"
             )
         for name, variable in found.items():
-            if arrays[name].shape != variable.shape:
+            shape, dtype = variable._memory.shape, variable._memory.dtype
+            if arrays[name].shape != shape:
                 raise ValueError(
                     f"{os.fspath(path)}: {name} has shape {arrays[name].shape} in the file, "
-                    f"{variable.shape} in the model"
+                    f"{shape} in the model"
+                )
+            if dtype.kind in "biu" and not np.can_cast(arrays[name].dtype, dtype, "same_kind"):
+                raise ValueError(
+                    f"{os.fspath(path)}: {name} holds {arrays[name].dtype} in the file, "
+                    f"{dtype} in the model"
                 )
         for name, variable in found.items():
-            variable.assign(constant(arrays[name].astype(variable.dtype)))
+            variable.assign(constant(arrays[name].astype(variable._memory.dtype)))
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """Return the values of all Variables, as NumPy arrays."""
         return [variable.numpy() for variable in self.variables]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all Variables, in the order of `get_weights`; `ValueError` for another number."""
-        variables = self.variables
-        if len(weights) != len(variables):
-            raise ValueError(f"{len(weights)} weights for {len(variables)} variables")
-        for variable, value in zip(variables, weights, strict=True):
+        """Set all Variables, in the order of `get_weights`.
+
+        Nothing is changed unless all of it fits. Raises `ValueError` for another number of weights
+        and for other shapes.
+        """
+        found = dict(self.named_variables())
+        if len(weights) != len(found):
+            raise ValueError(f"{len(weights)} weights for {len(found)} variables")
+        values = [as_tensor(value) for value in weights]
+        for (name, variable), value in zip(found.items(), values, strict=True):
+            shape = variable._memory.shape
+            if value.shape != shape:
+                raise ValueError(f"{name} has shape {shape}, its weights have {value.shape}")
+        for variable, value in zip(found.values(), values, strict=True):
             variable.assign(value)
 
     def summary(self, print_fn: Callable[[str], None] = print) -> None:
@@ -406,9 +440,19 @@ class Sequential(Model):
         self.layers.append(layer)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Make all Variables, for inputs (batch, ...) of this shape; the batch may be None."""
-        if not self.built:
-            self.built = True
+        """Make all Variables, for inputs (batch, ...) of this shape; the batch may be None.
+
+        Raises `ValueError` where another length is None.
+        """
+        if self.built:
+            return
+        if None in input_shape[1:]:
+            raise ValueError(
+                f"{self.name}: only the batch may be None in an input shape, "
+                f"got {tuple(input_shape)}"
+            )
+        self.built = True
+        if not any(isinstance(length, tuple) for length in input_shape):  # shapes of a structure
             with no_record():
                 self(zeros((1, *[int(n) for n in input_shape[1:] if n is not None])))
 
@@ -423,11 +467,24 @@ def _metrics(given: Any) -> list[metrics_module.Metric]:
     return [metrics_module.get(m) for m in (given if isinstance(given, (list, tuple)) else [given])]
 
 
+def _are_batches(x: Any, y: Any, **of_rows: Any) -> bool:
+    """Tell whether x is an iterable of batches, which refuses what goes with rows of arrays."""
+    if y is not None or isinstance(x, (Tensor, np.ndarray)) or not isinstance(x, Iterable):
+        return False
+    for name, value in of_rows.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} goes with arrays x and y: x is an iterable of batches, each of which is "
+                "(x, y) or (x, y, sample_weight)"
+            )
+    return True
+
+
 def _batches(
     x: Any, y: Any, sample_weight: Any, batch_size: int, shuffle: bool, seed: int | None
 ) -> Any:
     """Return an iterable of batches, one pass of which is an epoch."""
-    if y is None and not isinstance(x, (Tensor, np.ndarray)) and isinstance(x, Iterable):
+    if _are_batches(x, y, sample_weight=sample_weight):
         return x
     if y is None:
         raise ValueError("targets y are missing")
@@ -435,33 +492,42 @@ def _batches(
     return Batches(given, batch_size, shuffle=shuffle, seed=seed)
 
 
-def _unpack(batch: Any) -> tuple[Any, Any, Any]:
+def _unpack(batch: Any, what: str = "a batch") -> tuple[Any, Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise ValueError("a batch is (x, y) or (x, y, sample_weight)")
+        raise ValueError(
+            f"{what} is (x, y) or (x, y, sample_weight), got a {type(batch).__name__}"
+            + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+        )
     x, y = batch[:2]
     return x, y, batch[2] if len(batch) == 3 else None
 
 
 def _split(x: Any, y: Any, sample_weight: Any, share: float) -> tuple[Any, Any, Any, Any]:
     """Keep the last rows for validation."""
-    given = [None if a is None else as_tensor(a) for a in (x, y, sample_weight)]
-    rows = len(given[0]) if given[0] is not None else 0
-    cut = rows - int(rows * share)
-    if not 0 < cut < rows:
-        raise ValueError(f"validation_split={share} leaves nothing of {rows} rows on one side")
-    head, tail = (
-        [None if a is None else getitem(a, part) for a in given]
-        for part in (slice(0, cut), slice(cut, rows))
-    )
-    return (*head, tuple(a for a in tail if a is not None))  # type: ignore[return-value]
+    whole = _batches(x, y, sample_weight, 1, False, None)
+    cut = whole.rows - int(whole.rows * share)
+    if not 0 < cut < whole.rows:
+        raise ValueError(
+            f"validation_split={share} leaves nothing of {whole.rows} rows on one side"
+        )
+
+    def part(rows: slice) -> Any:
+        return map_structure(lambda array: getitem(array, rows), whole._arrays)
+
+    return (*_unpack(part(slice(cut))), part(slice(cut, None)))
 
 
 def _class_weights(y: Any, weights: Mapping[int, float], sample_weight: Any) -> Tensor:
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(label, (int, np.integer)) for label in weights
+    ):
+        raise TypeError(f"class_weight must be a dict {{label: weight}}, got {weights!r}")
     labels = as_tensor(y)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"class_weight needs integer labels, got {labels.dtype}")
-    table = np.ones(max([int(labels.numpy().max(initial=0)), *weights]) + 1, np.float32)
-    for label, weight in weights.items():
-        table[label] = weight
-    each = take(as_tensor(table), shapes.reshape(labels, -1))
+    if labels.shape not in ((labels.size,), (labels.size, 1)):
+        raise ValueError(f"class_weight needs one label a row, got labels of shape {labels.shape}")
+    present, places = np.unique(labels.numpy().reshape(-1), return_inverse=True)
+    table = np.array([weights.get(int(label), 1.0) for label in present], np.float32)
+    each = as_tensor(table[places])
     return each if sample_weight is None else ew.multiply(each, as_tensor(sample_weight))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tapegrad import data, layers, losses, optimizers, random
 from tapegrad._backend import backend
@@ -93,6 +96,8 @@ def train(
             f"{dataset.name}: the labels do not number classes: they must be 0, 1, 2, ..."
         )
     output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output):
+        pass  # a folder that cannot be written to is refused now, not when all is trained
     with _chosen(backend_name):
         random.seed(settings.seed)
         model = build(settings, dataset.train_images.shape[1], len(dataset.classes))
@@ -108,33 +113,39 @@ def train(
         final = model.evaluate(*held_out, batch_size=1024, return_dict=True)
     model.save_weights(output / WEIGHTS)
     history.save(output / HISTORY)
-    facts = {"features": dataset.train_images.shape[1], "classes": len(dataset.classes)}
+    facts = {"features": dataset.train_images.shape[1], "classes": dataset.classes}
     with atomic_write(output / SETTINGS) as file:
         file.write(json.dumps(asdict(settings) | facts, indent=1).encode())
     return history, final
 
 
-def evaluate(
-    folder: Path, dataset: data.Dataset | None, backend_name: str | None
-) -> dict[str, float]:
+def evaluate(folder: Path, dataset: data.Dataset, backend_name: str | None) -> dict[str, float]:
     """Return the test loss and accuracy of the model that a run's folder holds.
 
-    dataset  None: the data set that the run was trained on.
-
-    Raises `FormatError` for a folder whose settings are broken, `FileNotFoundError` for none.
+    Raises `FormatError` for a folder whose settings are broken, `FileNotFoundError` for none,
+    `ValueError` for a data set that is not of the model's width and classes.
     """
     settings, features, classes = read_settings(folder)
-    dataset = data.load(settings.data) if dataset is None else dataset
     if dataset.test_images.shape[1] != features:
         raise ValueError(
             f"the model in {folder} takes {features} numbers an image, "
             f"{dataset.name} has {dataset.test_images.shape[1]}"
         )
+    labels = dataset.test_labels
+    if dataset.classes:  # they may be some of the model's only, and then have other numbers
+        place = {name: i for i, name in enumerate(classes)}
+        unknown = [name for name in dataset.classes if name not in place]
+        if unknown:
+            raise ValueError(
+                f"the model in {folder} does not know the classes {', '.join(unknown):.80} of "
+                f"{dataset.name}, only {', '.join(classes):.80}"
+            )
+        labels = np.array([place[name] for name in dataset.classes])[labels]
     with _chosen(backend_name):
-        model = build(settings, features, classes)
+        model = build(settings, features, len(classes))
         model.load_weights(folder / WEIGHTS)
         found: dict[str, float] = model.evaluate(
-            dataset.test_images, dataset.test_labels, batch_size=1024, return_dict=True
+            dataset.test_images, labels, batch_size=1024, return_dict=True
         )
     return found
 
@@ -143,11 +154,11 @@ def _chosen(backend_name: str | None) -> AbstractContextManager[None]:
     return nullcontext() if backend_name is None else backend(backend_name)
 
 
-def read_settings(folder: Path) -> tuple[Settings, int, int]:
-    """Return a run's settings, and its model's numbers of inputs and classes."""
+def read_settings(folder: Path) -> tuple[Settings, int, tuple[str, ...]]:
+    """Return a run's settings, its model's number of inputs, and the names of its classes."""
     path = folder / SETTINGS
-    if os.path.getsize(path) > 1 << 16:
-        raise FormatError(f"{path}: byte 0: settings take at most 64 KiB")
+    if os.path.getsize(path) > 1 << 24:
+        raise FormatError(f"{path}: byte 0: settings take at most 16 MiB")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -156,14 +167,14 @@ def read_settings(folder: Path) -> tuple[Settings, int, int]:
     if wrong:
         raise FormatError(f"{path}: byte 0: {wrong}")
     features, classes = found.pop("features"), found.pop("classes")
-    sizes = [features, *found["hidden"], classes]
+    sizes = [features, *found["hidden"], len(classes)]
     numbers = sum((a + 1) * b for a, b in itertools.pairwise(sizes))
     # Before anything of that size is made; smaller ones are better judged by the weights file.
     if 4 * numbers > max(os.path.getsize(folder / WEIGHTS), 1 << 26):
         raise FormatError(
             f"{path}: byte 0: a model of {numbers} parameters, more than {WEIGHTS} beside it holds"
         )
-    return Settings(**{**found, "hidden": tuple(found["hidden"])}), features, classes
+    return Settings(**{**found, "hidden": tuple(found["hidden"])}), features, tuple(classes)
 
 
 def _what_is_wrong(found: Any) -> str | None:
@@ -186,7 +197,7 @@ def _what_is_wrong(found: Any) -> str | None:
         "epochs": size,
         "seed": lambda v: type(v) is int and v >= 0,
         "features": size,
-        "classes": size,
+        "classes": lambda v: isinstance(v, list) and {type(name) for name in v} == {str},
     }
     if not isinstance(found, dict) or found.keys() != checks.keys():
         return f"settings must name exactly {', '.join(checks)}"

@@ -56,6 +56,7 @@ LEAVING = {
     "max of Python": lambda x: max(x[0], x[1]) * x,
     "sorted": lambda x: tg.stack(sorted(x)),
     "format": lambda x: x * len(f"{x[0]:.3f}"),
+    "f-string": lambda x: (tg.print(f"x is {x}"), x)[1],  # it was the first call's text for ever
     "round": lambda x: x * round(float(x[0])),
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
     "arange": lambda x: tg.arange(x[0]),

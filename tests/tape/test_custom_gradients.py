@@ -595,3 +595,23 @@ def test_K23_variables_inside_get_none():
         y = tg.grad_pass_through(lambda x: tg.round(x) * v)(x)
     dx, dv = tape.gradient(y, [x, v])
     assert (float(y), float(dx), dv) == (6.0, 1.0, None)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_gradients_of_a_mapping_go_by_its_keys(more):
+    # By their order each was the other's.
+    @tg.custom_gradient
+    def weighted(d, *rest):
+        y = 2.0 * d["a"] + 3.0 * d["b"] + sum(rest)
+
+        def grad(g):
+            found = {"b": 3.0 * g, "a": 2.0 * g}
+            return (found, g) if rest else found
+
+        return y, grad
+
+    a, b, c = tg.Variable(1.0), tg.Variable(1.0), tg.Variable(1.0)
+    with tg.GradientTape() as tape:
+        y = weighted({"a": a, "b": b}, *([c] if more else []))
+    found = tape.gradient(y, [a, b, c])
+    assert [None if g is None else float(g) for g in found] == [2.0, 3.0, 1.0 if more else None]
