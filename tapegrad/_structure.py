@@ -6,8 +6,8 @@ Everything that is not a container is a leaf, `None` too. Mappings keep their in
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
@@ -99,18 +99,30 @@ def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
 
 
 def _rebuild(structure: Any, children: list[Any]) -> Any:
+    """Return a container like this one with other children.
+
+    None is initialised anew: `__post_init__` would change twice what it changes, and Counter count.
+    """
     kind = type(structure)
     if isinstance(structure, ValuesView):
         return children
-    if isinstance(structure, defaultdict):
-        return kind(structure.default_factory, zip(structure, children, strict=True))
+    if kind is dict:
+        return dict(zip(structure, children, strict=True))
+    if isinstance(structure, (dict, list)):
+        made: Any = copy.copy(structure)  # with what else a class of one's own keeps in it
+        places = structure if isinstance(structure, dict) else range(len(structure))
+        for place, child in zip(places, children, strict=True):
+            made[place] = child
+        return made
     if isinstance(structure, Mapping):
-        return kind(zip(structure, children, strict=True))
+        return kind(dict(zip(structure, children, strict=True)))
     if dataclasses.is_dataclass(structure):
-        names = [field.name for field in dataclasses.fields(structure)]
-        return kind(**dict(zip(names, children, strict=True)))
+        made = kind.__new__(kind)
+        for field, child in zip(dataclasses.fields(structure), children, strict=True):
+            object.__setattr__(made, field.name, child)  # a frozen one's too
+        return made
     if hasattr(structure, "_fields"):
-        return kind(*children)
+        return structure._make(children)
     return kind(children)
 
 
