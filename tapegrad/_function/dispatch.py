@@ -167,23 +167,30 @@ class Function:
         entry = self._entry(key, (args, kwargs))
         leaves = flatten((args, kwargs))
         inputs = []
-        originals: dict[int, Any] = {}
+        originals: dict[int, Tensor] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 leaves[i] = wrap(leaf._array)  # one of its own: f(x, x) has two inputs
+                originals[leaves[i].id] = leaf
             elif _is_array(leaf):
                 leaves[i] = Tensor(leaf)
             else:
                 continue
-            originals[leaves[i].id] = leaf
             inputs.append(leaves[i])
         recording = Recording(self._name, inputs, self._strict, founding=entry.calls == 0)
         args, kwargs = unflatten((args, kwargs), leaves)
+        given = _contents((args, kwargs))
         before, state.recorders = state.recorders, [recording]
         try:
             result = self._function(*args, **kwargs)
         finally:
             state.recorders = before
+        if _contents((args, kwargs)) != given:
+            recording.refuse(
+                f"{self._name} changes a list, dict or object that it was given, which for the "
+                "caller neither this call does nor a compiled one: change a copy, and return what "
+                "is new"
+            )
         entry.calls += 1  # a call that failed is none
         if recording.problem is not None:
             self._stay_eager(entry, recording.problem)
@@ -307,19 +314,19 @@ class _Surroundings:
         ]
         self._cells: list[Any] = []
         self._names: list[tuple[dict[str, Any], str]] = []
-        self.look()
 
     def look(self) -> bool:
-        """Look which names stand for numbers now; tell whether others did before.
+        """Look where else numbers stand now; tell whether there are such places.
 
-        A global may be defined after the function is.
+        A global may be defined after the function is. Places that held a number stay: two keys
+        that leave out different ones would be equal where the numbers are.
         """
         before = self._known()
-        self._cells = [cell for cell in self._closure if _may_hold_number(cell)]
+        self._cells = [cell for cell in self._closure if id(cell) in before or _holds_number(cell)]
         self._names = [
             (space, name)
             for space, name in self._all_names
-            if name in space and type(space[name]) in _NUMBERS
+            if (id(space), name) in before or type(space.get(name, ...)) in _NUMBERS
         ]
         return before != self._known()
 
@@ -337,22 +344,19 @@ class _Surroundings:
         return found
 
     def now(self) -> tuple[Any, ...]:
-        """Return the numbers as they are now."""
+        """Return the numbers as they are now, and None in the places of what is none."""
         found: list[Any] = []
         for cell in self._cells:
             try:
                 value = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-            if type(value) in _NUMBERS:
-                found.append(_number(value))
+            except ValueError:  # deleted
+                value = ...
+            found.append(_number(value) if type(value) in _NUMBERS else None)
         for space, name in self._names:
-            value = space.get(name)
-            if type(value) in _NUMBERS:
-                found.append(_number(value))
+            value = space.get(name, ...)
+            found.append(_number(value) if type(value) in _NUMBERS else None)
         for value in self._defaults():
-            if type(value) in _NUMBERS:
-                found.append(_number(value))
+            found.append(_number(value) if type(value) in _NUMBERS else None)
         return tuple(found)
 
 
@@ -376,11 +380,18 @@ def _number(x: Any) -> tuple[Any, ...]:
     return type(x), x if x and x == x else repr(x)
 
 
-def _may_hold_number(cell: Any) -> bool:
+def _exactly(x: Any) -> Any:
+    """Return what tells a key of a mapping from those that it equals: 1 from 1.0 and True."""
+    if type(x) is tuple:
+        return tuple(map(_exactly, x))
+    return _number(x) if type(x) in _NUMBERS else (type(x), x)
+
+
+def _holds_number(cell: Any) -> bool:
     try:
         return type(cell.cell_contents) in _NUMBERS
-    except ValueError:
-        return True
+    except ValueError:  # not assigned yet
+        return False
 
 
 def _names(code: Any) -> Iterator[str]:
@@ -418,7 +429,8 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         tensors.append(array)
     elif is_container(x):
         children = _children(x)
-        key.append((type(x), len(children), tuple(x) if isinstance(x, Mapping) else None))
+        names = tuple(map(_exactly, x)) if isinstance(x, Mapping) else None
+        key.append((type(x), len(children), names))
         for child in children:
             _signature(child, key, arrays, tensors)
     elif isinstance(x, Variable):
@@ -427,6 +439,14 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         key.append(_number(x))
     else:
         key.append((type(x), id(x)))
+
+
+def _contents(arguments: Any) -> tuple[list[Any], list[int]]:
+    """Return what a function that changes its arguments makes another."""
+    key: list[Any] = []
+    tensors: list[Any] = []
+    _signature(arguments, key, [], tensors)
+    return key, list(map(id, tensors))
 
 
 def _children(x: Any) -> list[Any]:
@@ -479,7 +499,8 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
     A tape that listens around a call hears the operations one by one: then nothing is replayed.
 
     Raises `FunctionError` where a value that depends on the inputs becomes a Python number
-    (`float`, `if`, `.numpy()`) or decides about a shape, and where two calls do not do the same.
+    (`float`, `if`, `.numpy()`) or decides about a shape, where two calls do not do the same, and
+    where a list, dict or object that is an argument is changed.
 
     >>> w = tg.Variable(3.0)
     >>> @tg.function

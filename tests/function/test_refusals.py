@@ -7,6 +7,7 @@ import itertools
 import pickle
 import time
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -330,6 +331,64 @@ def test_side_effects_happen_while_recording_only():
     for _ in range(6):
         f(X)
     assert len(seen) == 2
+
+
+@dataclass
+class State:
+    h: tg.Tensor
+
+
+def attribute(state):
+    state.h = state.h * 2.0
+
+
+def renamed(batch):
+    batch["y"] = batch.pop("x")
+
+
+CHANGED = {
+    "append": (lambda: [X], lambda xs: xs.append(xs[0] * 2.0)),
+    "item": (lambda: [[X], X], lambda xs: xs[0].__setitem__(0, X * 2.0)),
+    "order": (lambda: [X, OTHER], lambda xs: xs.reverse()),
+    "pop": (lambda: {"x": X, "y": OTHER}, lambda batch: batch.pop("y") * 2.0),
+    "name": (lambda: {"x": X}, renamed),
+    "count": (lambda: {"x": X, "n": 1}, lambda batch: batch.update(n=2)),
+    "attribute": (lambda: State(X), attribute),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_arguments_that_the_function_changes_are_refused(name):
+    make, change = CHANGED[name]
+    f = tg.function(change)
+    for _ in range(3):
+        with pytest.raises(FunctionError, match="changes a list, dict or object that it was given"):
+            f(make())
+    g = tg.function(change, strict=False)
+    with pytest.warns(TapeWarning, match=r"change a copy.*It is not compiled"):
+        g(make())
+    got, want = make(), make()
+    assert_same(g(got), change(want))
+    assert_same(got, want)
+
+
+def test_arguments_that_the_function_copies_are_its_own():
+    v = tg.Variable([1.0, 1.0])
+
+    def f(*xs, by, **batch):
+        batch["y"] = batch.pop("x") * 2.0
+        xs = [*xs, batch["y"]]
+        xs.append(by[v] * v)
+        v.assign_add(xs[0])
+        return xs, batch
+
+    compiled = tg.function(f)
+    for _ in range(4):
+        want = f(X, x=OTHER, by={v: X})
+        v.assign([1.0, 1.0])
+        assert_same(compiled(X, x=OTHER, by={v: X}), want)
+        v.assign([1.0, 1.0])
+    assert len(compiled.programs) == 1
 
 
 def test_no_warning_of_numpy_in_a_replay():
