@@ -103,7 +103,7 @@ def _rebuild(structure: Any, children: list[Any]) -> Any:
 
     None is initialised anew: `__post_init__` would change twice what it changes, and Counter count.
     """
-    kind = type(structure)
+    kind: Any = type(structure)
     if isinstance(structure, ValuesView):
         return children
     if kind is dict:

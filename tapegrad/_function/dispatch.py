@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 import threading
 import warnings
 import weakref
@@ -76,6 +77,8 @@ class Function:
             return self
         found = self._bound.get(id(instance))
         if found is None or found[0]() is not instance:
+            if not _binds(self._function, instance):
+                return self
             found = self._bind(instance)
         return Method(instance, found[1])
 
@@ -96,6 +99,12 @@ class Function:
             if found is None or found[0]() is not instance:
                 found = bound[key] = owner, made
         return found
+
+    def __reduce__(self) -> Any:
+        if getattr(sys.modules.get(self.__module__), self._name, None) is self:
+            return self._name  # as Python's functions are copied and pickled
+        remade = functools.partial(Function, strict=self._strict, lease_results=self._leased)
+        return remade, (self._function,)
 
     def __repr__(self) -> str:
         return f"<tg.function {self._name}, {len(self.programs)} programs>"
@@ -299,6 +308,9 @@ class Method:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bound, name)
 
+    def __reduce__(self) -> Any:
+        return getattr, (self.__self__, self.__name__)
+
     def __repr__(self) -> str:
         return repr(self._bound)
 
@@ -399,6 +411,14 @@ def _names(code: Any) -> Iterator[str]:
     for constant in code.co_consts:
         if hasattr(constant, "co_names"):
             yield from _names(constant)
+
+
+def _binds(function: Callable[..., Any], instance: Any) -> bool:
+    """Tell whether a function that is found in an object's class is given the object."""
+    bind = getattr(type(function), "__get__", None)  # a static method's gives the function alone
+    if bind is None:
+        return False
+    return getattr(bind(function, instance, type(instance)), "__self__", None) is instance
 
 
 def _method(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:

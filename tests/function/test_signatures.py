@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import gc
 import math
+import pickle
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -402,6 +404,58 @@ def test_an_object_that_takes_no_weak_references():
 
     with pytest.raises(TypeError, match="add '__weakref__' to the __slots__"):
         Slotted().step(X)
+
+
+def test_what_binds_no_object_is_not_bound():
+    class Holder:
+        static = tg.function(staticmethod(lambda x: x * 2.0))
+        partial = tg.function(functools.partial(tg.multiply, 3.0))
+        of_another = tg.function(Model([1.0, 1.0]).step)
+
+    holder = Holder()
+    for k in range(1, 5):
+        assert_same(holder.static(X), X * 2.0)
+        assert_same(holder.partial(X), X * 3.0)
+        assert_same(holder.of_another(X), (X * k + 1.0) * 2.0)
+    assert len(Holder.static.programs) == 1
+
+
+class Inner:
+    def __init__(self):
+        self.v = tg.Variable([1.0, 1.0])
+        self.compiled = tg.function(self.step, lease_results=True)
+        self.method = self.twice
+
+    def step(self, x):
+        self.v.assign_add(x)
+        return self.v * 2.0
+
+    @tg.function
+    def twice(self, x):
+        return x * self.v
+
+
+@tg.function
+def module_level(x):
+    return x * 2.0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles(copied):
+    assert copied(module_level) is module_level
+    first = Inner()
+    for _ in range(3):
+        first.compiled(X)
+    second = copied(first)
+    for _ in range(3):
+        leased = second.compiled(X)
+    np.testing.assert_array_equal(first.v, [4.0, 7.0])
+    np.testing.assert_array_equal(second.v, [7.0, 13.0])
+    second.compiled(X)
+    with pytest.raises(RuntimeError, match="leased"):
+        leased.numpy()
+    assert second.method.__self__ is second
+    assert_same(second.method(X), X * second.v)
 
 
 # ---- numbers in the function's surroundings
