@@ -16,7 +16,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._function.device import DeviceReplay
-from tapegrad._function.matching import Matcher, matcher
+from tapegrad._function.matching import Matcher, is_taken_as_it_is, matcher
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
@@ -142,7 +142,10 @@ class Function:
         self, args: Any, kwargs: dict[str, Any], arrays: list[Any], tensors: list[Any]
     ) -> tuple[Any, ...]:
         """Return the signature of a call, and collect its tensors and their arrays."""
-        key: list[Any] = [self._numbers.now()] if self._has_numbers else []
+        # Where new arrays are made comes first.
+        key: list[Any] = [np if _backend.numpy_alone else _backend.default_module()]
+        if self._has_numbers:
+            key.append(self._numbers.now())
         for x in args:
             if type(x) is Tensor:
                 array = x._array
@@ -443,7 +446,7 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         arrays.append(array)
         tensors.append(x)
     elif _is_array(x):
-        array = Tensor(x)._array if x.ndim == 0 or type(x) is not np.ndarray else x
+        array = x if is_taken_as_it_is(x) else Tensor(x)._array
         key.append((array.shape, array.dtype, type(array)))
         arrays.append(array)
         tensors.append(array)
