@@ -511,10 +511,12 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
                    with `y.numpy()` or `+y`. By default, and always on a GPU, results are the
                    caller's own.
 
-    A signature is the structure of the arguments, shapes and types of the tensors in them, and the
-    values of everything else: a Python number that changes makes a new program. Numbers in the
-    function's own closure, defaults and globals count too. All else that it finds outside
-    (attributes, lists) is taken as it was when it was recorded: `check` finds what should not be.
+    A signature is the structure of the arguments, shapes and types of the tensors in them, the
+    values of numbers and strings, which objects all others are, and the chosen backend: a Python
+    number that changes makes a new program. Numbers in the function's own closure, defaults and
+    globals count too. All else that it finds outside or in objects (attributes, lists) is taken as
+    it was when it was recorded: `check` finds what should not be. A tensor that is passed twice is
+    two arguments: the gradient with respect to one leaves the other out.
     What is no operation of tapegrad (printing, appending to a list) happens while recording only.
     On a GPU an index out of range stops no call, unless it is a constant: what is taken is NaN, and
     `IndexError` is raised when values are next looked at, or by a later call of the function. With

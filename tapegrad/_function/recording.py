@@ -150,7 +150,8 @@ class Recording:
         self.created_variables = True
         if not self._founding:
             self.refuse(
-                f"{self._name} makes a Variable in every call, at {user_location()}: make it once, "
+                f"{self._name} makes a Variable in every call, at {user_location()} (optimisers, "
+                "layers and random numbers with a seed of their own make some): make it once, "
                 "outside or in the first call only, and assign to it"
             )
 
