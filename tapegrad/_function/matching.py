@@ -60,8 +60,8 @@ def matcher(
         kind, dtype = f"kind_of_{name}", f"dtype_of_{name}"
         space[kind], space[dtype] = type(x), x.dtype
         lines.append(
-            f"if {name}.shape != {x.shape} or {name}.dtype is not {dtype} "
-            f"or type({name}) is not {kind}: return None"
+            f"if type({name}) is not {kind} or {name}.shape != {x.shape} "
+            f"or {name}.dtype is not {dtype}: return None"
         )
         given.append(name)
     text = "\n    ".join(["def match(arguments):", *lines, f"return [{', '.join(given)}]"])

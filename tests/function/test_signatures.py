@@ -229,6 +229,17 @@ def test_an_argument_beside_none_is_handed_back():
         assert second is X
 
 
+@pytest.mark.parametrize("other", [2.0, None, "text", [1.0, 2.0], X, tg.Variable([1.0, 2.0])])
+def test_something_else_after_many_arrays(other):
+    f = Counted(lambda x: None if x is None or type(x) is str else tg.asarray(x) * 2.0)
+    for _ in range(4):
+        f(np.ones(2))
+    for _ in range(3):
+        f(other)
+    assert f.is_replayed(other)
+    assert f.is_replayed(np.ones(2))
+
+
 def test_keywords():
     f = Counted(lambda x, *, scale=1.0, other=None: x * scale + (0.0 if other is None else other))
     for _ in range(2):
