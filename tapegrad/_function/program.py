@@ -225,7 +225,11 @@ def _differences(first: Program, second: Program) -> Iterator[Difference]:
             continue
         elif isinstance(other, np.ndarray):
             yield Difference(True, "the function returned another NumPy array: return tensors")
-        elif type(leaf) is not type(other) or leaf != other:
+        elif type(leaf) is not type(other) or (
+            repr(leaf) != repr(other)  # 0.0 equals -0.0, and NaN not itself
+            if isinstance(leaf, (int, float, np.generic))
+            else leaf != other
+        ):
             yield Difference(True, f"the function returned {leaf!r}, then {other!r}")
 
 

@@ -732,6 +732,18 @@ def test_results_without_tensors(value):
         assert got == value
 
 
+def test_numbers_in_results_are_the_same_to_the_last_bit():
+    f = tg.function(lambda x: (x * 2.0, float("nan"), np.float32("nan")))
+    for _ in range(4):
+        assert all(math.isnan(number) for number in f(X)[1:])
+    assert len(f.programs) == 1
+    zeros = iter([0.0, -0.0])
+    g = tg.function(lambda x: (x * 2.0, next(zeros)))
+    g(X)
+    with pytest.raises(FunctionError, match=r"returned 0\.0, then -0\.0"):
+        g(X)
+
+
 def test_arrays_in_results_are_always_the_same_or_refused():
     array = np.arange(3.0)
     f = tg.function(lambda x: (x * 2.0, array))
