@@ -126,6 +126,25 @@ def _rebuild(structure: Any, children: list[Any]) -> Any:
     return kind(children)
 
 
+def differ_in_leaves_alone(structure: Any, other: Any) -> bool:
+    """Tell whether two structures have the same containers, names and order."""
+    if not (is_container(structure) and is_container(other)):
+        return is_container(structure) == is_container(other)
+    if type(structure) is not type(other):
+        return False
+    # In sets, keys are compared if their hashes agree: that of Variables asks for their values.
+    names, other_names = (
+        [{(type(key), key)} for key in x] if isinstance(x, Mapping) else None
+        for x in (structure, other)
+    )
+    children, others = ([child for _, child in _items(x)] for x in (structure, other))
+    return (
+        names == other_names
+        and len(children) == len(others)
+        and all(map(differ_in_leaves_alone, children, others))
+    )
+
+
 def leaves_where(structure: Any, other: Any, name: str, other_name: str) -> list[Any]:
     """Return what `other` holds in the places where `structure` has its leaves.
 

@@ -190,6 +190,12 @@ def one_or_the_other(x):
     return (a if next(COUNTER) % 2 else b) * 2.0, a, b
 
 
+CHANGING |= {
+    "a returned name": lambda x: {f"step {next(COUNTER)}": x * 2.0},
+    "a returned container": lambda x: [x * 2.0] if next(COUNTER) % 2 else (x * 2.0,),
+    "a returned depth": lambda x: [[x * 2.0], x] if next(COUNTER) % 2 else [x * 2.0, [x]],
+    "a returned key's type": lambda x: {1 if next(COUNTER) % 2 else 1.0: x * 2.0},
+}
 CHANGING |= {"when it reads": read_before_or_after, "what it takes": one_or_the_other}
 
 
@@ -228,6 +234,22 @@ def test_what_changes_stays_eager_if_not_strict():
     assert len(caught) == 1
     for k in range(3, 8):
         assert_same(f(X), X * float(k))
+
+
+def test_results_keyed_by_variables():
+    variables = [tg.Variable([1.0, 2.0]), tg.Variable([3.0, 4.0])]
+
+    def f(x):
+        for v in variables:
+            v.assign_add(x)
+        return {v: v * x for v in variables}
+
+    compiled = tg.function(f)
+    for _ in range(4):
+        found = compiled(X)
+        for v in variables:
+            assert_same(found[v], v * X)
+    assert len(compiled.programs) == 1
 
 
 def test_calls_that_settle_are_compiled():
