@@ -36,6 +36,15 @@ def _holds_leaves(sequence: Sequence[Any]) -> bool:
     return _leaf_types.issuperset(map(type, sequence)) or not any(map(is_container, sequence))
 
 
+def children_of(value: Any) -> list[Any]:
+    """Return what a container holds, in order."""
+    if isinstance(value, Mapping):
+        return [value[key] for key in value]
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return list(value)
+
+
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield (how the child is written, child) of a container."""
     if isinstance(value, Mapping):
@@ -69,9 +78,8 @@ def flatten(structure: Any) -> list[Any]:
         return list(structure)
     if not is_container(structure):
         return [structure]
-    children = structure if kind is list or kind is tuple else [c for _, c in _items(structure)]
     leaves: list[Any] = []
-    for child in children:
+    for child in structure if kind is list or kind is tuple else children_of(structure):
         if is_container(child):
             leaves += flatten(child)
         else:
@@ -85,7 +93,7 @@ def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
         return function(structure)
     if type(structure) is list:
         return [map_structure(function, child) for child in structure]
-    children = [map_structure(function, child) for _, child in _items(structure)]
+    children = [map_structure(function, child) for child in children_of(structure)]
     return _rebuild(structure, children)
 
 
@@ -137,7 +145,7 @@ def differ_in_leaves_alone(structure: Any, other: Any) -> bool:
         [{(type(key), key)} for key in x] if isinstance(x, Mapping) else None
         for x in (structure, other)
     )
-    children, others = ([child for _, child in _items(x)] for x in (structure, other))
+    children, others = children_of(structure), children_of(other)
     return (
         names == other_names
         and len(children) == len(others)

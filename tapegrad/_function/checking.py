@@ -8,7 +8,7 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._recording import no_record
-from tapegrad._structure import flatten_with_paths
+from tapegrad._structure import differ_in_leaves_alone, flatten, flatten_with_paths
 from tapegrad.errors import FunctionError
 from tapegrad.tensor import Operand
 
@@ -33,19 +33,21 @@ def check(function: Function, args: Any, kwargs: Any) -> None:
         for v, value in zip(variables, before, strict=True):
             v.assign(value)
         compiled = function(*args, **kwargs)
-    wanted_leaves, leaves = (
-        dict(flatten_with_paths(result, "the result")) for result in (eager, compiled)
-    )
-    if list(wanted_leaves) != list(leaves):
-        _refuse(function._name, "the results are", list(wanted_leaves), list(leaves))
-    for path, a in wanted_leaves.items():
-        b = leaves[path]
+    if not differ_in_leaves_alone(eager, compiled):
+        _refuse(function._name, "the result is", _outline(eager), _outline(compiled))
+    leaves = flatten_with_paths(eager, "the result")
+    for (path, a), b in zip(leaves, flatten(compiled), strict=True):
         if _has_values(a) and _has_values(b):
             _compare(function._name, path, _values(a), _values(b))
         elif type(a) is not type(b) or (a is not b and repr(a) != repr(b)):  # NaN is not itself
             _refuse(function._name, f"{path} is", a, b)
     for v, value in zip(variables, wanted, strict=True):
         _compare(function._name, f"variable {v.name!r}", value, _backend.to_numpy(v._array))
+
+
+def _outline(result: Any) -> str:
+    paths = [path for path, _ in flatten_with_paths(result, "result")]
+    return f"a {type(result).__name__} of {', '.join(paths) or 'nothing'}"
 
 
 def _has_values(x: Any) -> bool:

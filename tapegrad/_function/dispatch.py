@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import sys
@@ -22,7 +21,7 @@ from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
 from tapegrad._function.simplify import simplify
 from tapegrad._recording import state
-from tapegrad._structure import flatten, is_container, unflatten
+from tapegrad._structure import children_of, flatten, is_container, unflatten
 from tapegrad.errors import FunctionError, TapeWarning
 from tapegrad.tensor import Tensor, wrap
 from tapegrad.variable import Variable
@@ -451,7 +450,7 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         arrays.append(array)
         tensors.append(array)
     elif is_container(x):
-        children = _children(x)
+        children = children_of(x)
         names = tuple(map(_exactly, x)) if isinstance(x, Mapping) else None
         key.append((type(x), len(children), names))
         for child in children:
@@ -470,14 +469,6 @@ def _contents(arguments: Any) -> tuple[list[Any], list[int]]:
     tensors: list[Any] = []
     _signature(arguments, key, [], tensors)
     return key, list(map(id, tensors))
-
-
-def _children(x: Any) -> list[Any]:
-    if isinstance(x, Mapping):
-        return [x[name] for name in x]
-    if dataclasses.is_dataclass(x):
-        return [getattr(x, field.name) for field in dataclasses.fields(x)]
-    return list(x)
 
 
 def _without_arrays(structure: Any) -> list[Any]:

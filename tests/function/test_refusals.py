@@ -240,8 +240,11 @@ def test_results_keyed_by_variables():
     variables = [tg.Variable([1.0, 2.0]), tg.Variable([3.0, 4.0])]
 
     def f(x):
-        for v in variables:
-            v.assign_add(x)
+        with tg.GradientTape() as tape:
+            loss = sum(tg.sum(v * x) for v in variables)
+        gradients = tape.gradient(loss, {v: v for v in variables})
+        for v, gradient in gradients.items():
+            v.assign_add(gradient)
         return {v: v * x for v in variables}
 
     compiled = tg.function(f)
