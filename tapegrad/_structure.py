@@ -126,12 +126,19 @@ def _rebuild(structure: Any, children: list[Any]) -> Any:
         return kind(dict(zip(structure, children, strict=True)))
     if dataclasses.is_dataclass(structure):
         made = kind.__new__(kind)
+        for name, value in getattr(structure, "__dict__", {}).items():
+            if not any(map(_is_computed, flatten(value))):  # maybe from the children
+                object.__setattr__(made, name, value)
         for field, child in zip(dataclasses.fields(structure), children, strict=True):
             object.__setattr__(made, field.name, child)  # a frozen one's too
         return made
     if hasattr(structure, "_fields"):
         return structure._make(children)
     return kind(children)
+
+
+def _is_computed(x: Any) -> bool:
+    return hasattr(x, "__array__") and not hasattr(x, "assign")  # no Variable, which is state
 
 
 def differ_in_leaves_alone(structure: Any, other: Any) -> bool:

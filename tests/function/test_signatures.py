@@ -723,6 +723,29 @@ def test_structures_are_not_initialised_anew():
         assert (type(counted), counted) == (collections.Counter, counts)
 
 
+@dataclass
+class Scaling:
+    scale: Any
+
+    def __post_init__(self):
+        self.length = self.scale.shape[0]
+        self.v = tg.Variable([1.0, 1.0])
+        self.total = [tg.sum(self.scale)]
+
+
+def test_what_a_dataclass_has_beside_its_fields():
+    scaling = Scaling(X)
+    f = tg.function(lambda s, x: s.v.assign_add(s.scale * x) * float(s.length))
+    for _ in range(4):
+        f(scaling, Y)
+    np.testing.assert_array_equal(scaling.v, [13.0, 41.0])
+    made = tg.function(lambda x: Scaling(x * 2.0))
+    # What is computed of other fields would be wrong: it is not there.
+    assert not hasattr(made(X), "total")
+    with pytest.raises(AttributeError, match="total"):
+        tg.function(lambda s: s.scale * s.total[0])(scaling)
+
+
 @pytest.mark.parametrize("value", [None, 3, 2.5, "text", True, (), [], {}])
 def test_results_without_tensors(value):
     f = tg.function(lambda x: value)
