@@ -94,13 +94,15 @@ def get_backend() -> str:
     return name_of(default_module())
 
 
+def chosen() -> str | None:
+    """Return the name that was chosen last for this thread; None: the environment decides."""
+    return _override.names[-1] if _override.names else _setting
+
+
 def default_module() -> Module:
     """Return the array module in which new arrays are made."""
-    if _override.names:
-        name = _override.names[-1]
-    elif _setting is not None:
-        name = _setting
-    else:
+    name = chosen()
+    if name is None:
         name = os.environ.get("TAPEGRAD_BACKEND", "auto")
         _check_name(name, "the environment variable TAPEGRAD_BACKEND")
     if name == "numpy":

@@ -6,8 +6,8 @@ Everything that is not a container is a leaf, `None` too. Mappings keep their in
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
@@ -34,6 +34,15 @@ def is_container(value: Any) -> bool:
 def _holds_leaves(sequence: Sequence[Any]) -> bool:
     """Tell whether there is no container in a list or tuple."""
     return _leaf_types.issuperset(map(type, sequence)) or not any(map(is_container, sequence))
+
+
+def children_of(value: Any) -> list[Any]:
+    """Return what a container holds, in order."""
+    if isinstance(value, Mapping):
+        return [value[key] for key in value]
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return list(value)
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -69,9 +78,8 @@ def flatten(structure: Any) -> list[Any]:
         return list(structure)
     if not is_container(structure):
         return [structure]
-    children = structure if kind is list or kind is tuple else [c for _, c in _items(structure)]
     leaves: list[Any] = []
-    for child in children:
+    for child in structure if kind is list or kind is tuple else children_of(structure):
         if is_container(child):
             leaves += flatten(child)
         else:
@@ -85,7 +93,7 @@ def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
         return function(structure)
     if type(structure) is list:
         return [map_structure(function, child) for child in structure]
-    children = [map_structure(function, child) for _, child in _items(structure)]
+    children = [map_structure(function, child) for child in children_of(structure)]
     return _rebuild(structure, children)
 
 
@@ -99,19 +107,57 @@ def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
 
 
 def _rebuild(structure: Any, children: list[Any]) -> Any:
-    kind = type(structure)
+    """Return a container like this one with other children.
+
+    None is initialised anew: `__post_init__` would change twice what it changes, and Counter count.
+    """
+    kind: Any = type(structure)
     if isinstance(structure, ValuesView):
         return children
-    if isinstance(structure, defaultdict):
-        return kind(structure.default_factory, zip(structure, children, strict=True))
+    if kind is dict:
+        return dict(zip(structure, children, strict=True))
+    if isinstance(structure, (dict, list)):
+        made: Any = copy.copy(structure)  # with what else a class of one's own keeps in it
+        places = structure if isinstance(structure, dict) else range(len(structure))
+        for place, child in zip(places, children, strict=True):
+            made[place] = child
+        return made
     if isinstance(structure, Mapping):
-        return kind(zip(structure, children, strict=True))
+        return kind(dict(zip(structure, children, strict=True)))
     if dataclasses.is_dataclass(structure):
-        names = [field.name for field in dataclasses.fields(structure)]
-        return kind(**dict(zip(names, children, strict=True)))
+        made = kind.__new__(kind)
+        for name, value in getattr(structure, "__dict__", {}).items():
+            if not any(map(_is_computed, flatten(value))):  # maybe from the children
+                object.__setattr__(made, name, value)
+        for field, child in zip(dataclasses.fields(structure), children, strict=True):
+            object.__setattr__(made, field.name, child)  # a frozen one's too
+        return made
     if hasattr(structure, "_fields"):
-        return kind(*children)
+        return structure._make(children)
     return kind(children)
+
+
+def _is_computed(x: Any) -> bool:
+    return hasattr(x, "__array__") and not hasattr(x, "assign")  # no Variable, which is state
+
+
+def differ_in_leaves_alone(structure: Any, other: Any) -> bool:
+    """Tell whether two structures have the same containers, names and order."""
+    if not (is_container(structure) and is_container(other)):
+        return is_container(structure) == is_container(other)
+    if type(structure) is not type(other):
+        return False
+    # In sets, keys are compared if their hashes agree: that of Variables asks for their values.
+    names, other_names = (
+        [{(type(key), key)} for key in x] if isinstance(x, Mapping) else None
+        for x in (structure, other)
+    )
+    children, others = children_of(structure), children_of(other)
+    return (
+        names == other_names
+        and len(children) == len(others)
+        and all(map(differ_in_leaves_alone, children, others))
+    )
 
 
 def leaves_where(structure: Any, other: Any, name: str, other_name: str) -> list[Any]:

@@ -122,7 +122,7 @@ class Variable(Operand):
         version = _new(Tensor)
         version.id = next_id()
         array = self._array
-        if array.ndim == 0 and isinstance(array, np.ndarray):
+        if array.ndim == 0 and type(array) is np.ndarray:
             version._array = array[()]  # a NumPy scalar: a value of its own, and ten times faster
             self._buffer.shown = True
         else:

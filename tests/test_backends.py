@@ -330,6 +330,15 @@ def cupy(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize("value", [2.0, [2.0]])
+def test_what_was_read_of_a_variable_stays(cupy, value):
+    v = tg.Variable(value)
+    assert v.backend == "cupy"
+    read = tg.asarray(v)
+    v.assign(v * 0.5)
+    assert read.numpy() == 2.0
+
+
 def in_a_thread(function):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(function()))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
+import sys
 import threading
 import warnings
 import weakref
@@ -15,13 +15,13 @@ import numpy as np
 
 from tapegrad import _backend
 from tapegrad._function.device import DeviceReplay
-from tapegrad._function.matching import Matcher, matcher
+from tapegrad._function.matching import Matcher, is_taken_as_it_is, matcher
 from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
 from tapegrad._function.simplify import simplify
 from tapegrad._recording import state
-from tapegrad._structure import flatten, is_container, unflatten
+from tapegrad._structure import children_of, flatten, is_container, unflatten
 from tapegrad.errors import FunctionError, TapeWarning
 from tapegrad.tensor import Tensor, wrap
 from tapegrad.variable import Variable
@@ -76,6 +76,8 @@ class Function:
             return self
         found = self._bound.get(id(instance))
         if found is None or found[0]() is not instance:
+            if not _binds(self._function, instance):
+                return self
             found = self._bind(instance)
         return Method(instance, found[1])
 
@@ -96,6 +98,12 @@ class Function:
             if found is None or found[0]() is not instance:
                 found = bound[key] = owner, made
         return found
+
+    def __reduce__(self) -> Any:
+        if getattr(sys.modules.get(self.__module__), self._name, None) is self:
+            return self._name  # as Python's functions are copied and pickled
+        remade = functools.partial(Function, strict=self._strict, lease_results=self._leased)
+        return remade, (self._function,)
 
     def __repr__(self) -> str:
         return f"<tg.function {self._name}, {len(self.programs)} programs>"
@@ -133,7 +141,10 @@ class Function:
         self, args: Any, kwargs: dict[str, Any], arrays: list[Any], tensors: list[Any]
     ) -> tuple[Any, ...]:
         """Return the signature of a call, and collect its tensors and their arrays."""
-        key: list[Any] = [self._numbers.now()] if self._has_numbers else []
+        # Where new arrays are made comes first.
+        key: list[Any] = [np if _backend.numpy_alone else _backend.default_module()]
+        if self._has_numbers:
+            key.append(self._numbers.now())
         for x in args:
             if type(x) is Tensor:
                 array = x._array
@@ -167,23 +178,30 @@ class Function:
         entry = self._entry(key, (args, kwargs))
         leaves = flatten((args, kwargs))
         inputs = []
-        originals: dict[int, Any] = {}
+        originals: dict[int, Tensor] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 leaves[i] = wrap(leaf._array)  # one of its own: f(x, x) has two inputs
+                originals[leaves[i].id] = leaf
             elif _is_array(leaf):
                 leaves[i] = Tensor(leaf)
             else:
                 continue
-            originals[leaves[i].id] = leaf
             inputs.append(leaves[i])
         recording = Recording(self._name, inputs, self._strict, founding=entry.calls == 0)
         args, kwargs = unflatten((args, kwargs), leaves)
+        given = _contents((args, kwargs))
         before, state.recorders = state.recorders, [recording]
         try:
             result = self._function(*args, **kwargs)
         finally:
             state.recorders = before
+        if _contents((args, kwargs)) != given:
+            recording.refuse(
+                f"{self._name} changes a list, dict or object that it was given, which for the "
+                "caller neither this call does nor a compiled one: change a copy, and return what "
+                "is new"
+            )
         entry.calls += 1  # a call that failed is none
         if recording.problem is not None:
             self._stay_eager(entry, recording.problem)
@@ -292,6 +310,9 @@ class Method:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bound, name)
 
+    def __reduce__(self) -> Any:
+        return getattr, (self.__self__, self.__name__)
+
     def __repr__(self) -> str:
         return repr(self._bound)
 
@@ -307,19 +328,19 @@ class _Surroundings:
         ]
         self._cells: list[Any] = []
         self._names: list[tuple[dict[str, Any], str]] = []
-        self.look()
 
     def look(self) -> bool:
-        """Look which names stand for numbers now; tell whether others did before.
+        """Look where else numbers stand now; tell whether there are such places.
 
-        A global may be defined after the function is.
+        A global may be defined after the function is. Places that held a number stay: two keys
+        that leave out different ones would be equal where the numbers are.
         """
         before = self._known()
-        self._cells = [cell for cell in self._closure if _may_hold_number(cell)]
+        self._cells = [cell for cell in self._closure if id(cell) in before or _holds_number(cell)]
         self._names = [
             (space, name)
             for space, name in self._all_names
-            if name in space and type(space[name]) in _NUMBERS
+            if (id(space), name) in before or type(space.get(name, ...)) in _NUMBERS
         ]
         return before != self._known()
 
@@ -337,22 +358,19 @@ class _Surroundings:
         return found
 
     def now(self) -> tuple[Any, ...]:
-        """Return the numbers as they are now."""
+        """Return the numbers as they are now, and None in the places of what is none."""
         found: list[Any] = []
         for cell in self._cells:
             try:
                 value = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-            if type(value) in _NUMBERS:
-                found.append(_number(value))
+            except ValueError:  # deleted
+                value = ...
+            found.append(_number(value) if type(value) in _NUMBERS else None)
         for space, name in self._names:
-            value = space.get(name)
-            if type(value) in _NUMBERS:
-                found.append(_number(value))
+            value = space.get(name, ...)
+            found.append(_number(value) if type(value) in _NUMBERS else None)
         for value in self._defaults():
-            if type(value) in _NUMBERS:
-                found.append(_number(value))
+            found.append(_number(value) if type(value) in _NUMBERS else None)
         return tuple(found)
 
 
@@ -376,11 +394,18 @@ def _number(x: Any) -> tuple[Any, ...]:
     return type(x), x if x and x == x else repr(x)
 
 
-def _may_hold_number(cell: Any) -> bool:
+def _exactly(x: Any) -> Any:
+    """Return what tells a key of a mapping from those that it equals: 1 from 1.0 and True."""
+    if type(x) is tuple:
+        return tuple(map(_exactly, x))
+    return _number(x) if type(x) in _NUMBERS else (type(x), x)
+
+
+def _holds_number(cell: Any) -> bool:
     try:
         return type(cell.cell_contents) in _NUMBERS
-    except ValueError:
-        return True
+    except ValueError:  # not assigned yet
+        return False
 
 
 def _names(code: Any) -> Iterator[str]:
@@ -388,6 +413,14 @@ def _names(code: Any) -> Iterator[str]:
     for constant in code.co_consts:
         if hasattr(constant, "co_names"):
             yield from _names(constant)
+
+
+def _binds(function: Callable[..., Any], instance: Any) -> bool:
+    """Tell whether a function that is found in an object's class is given the object."""
+    bind = getattr(type(function), "__get__", None)  # a static method's gives the function alone
+    if bind is None:
+        return False
+    return getattr(bind(function, instance, type(instance)), "__self__", None) is instance
 
 
 def _method(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:
@@ -412,13 +445,14 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         arrays.append(array)
         tensors.append(x)
     elif _is_array(x):
-        array = Tensor(x)._array if x.ndim == 0 or type(x) is not np.ndarray else x
+        array = x if is_taken_as_it_is(x) else Tensor(x)._array
         key.append((array.shape, array.dtype, type(array)))
         arrays.append(array)
         tensors.append(array)
     elif is_container(x):
-        children = _children(x)
-        key.append((type(x), len(children), tuple(x) if isinstance(x, Mapping) else None))
+        children = children_of(x)
+        names = tuple(map(_exactly, x)) if isinstance(x, Mapping) else None
+        key.append((type(x), len(children), names))
         for child in children:
             _signature(child, key, arrays, tensors)
     elif isinstance(x, Variable):
@@ -429,12 +463,12 @@ def _signature(x: Any, key: list[Any], arrays: list[Any], tensors: list[Any]) ->
         key.append((type(x), id(x)))
 
 
-def _children(x: Any) -> list[Any]:
-    if isinstance(x, Mapping):
-        return [x[name] for name in x]
-    if dataclasses.is_dataclass(x):
-        return [getattr(x, field.name) for field in dataclasses.fields(x)]
-    return list(x)
+def _contents(arguments: Any) -> tuple[list[Any], list[int]]:
+    """Return what a function that changes its arguments makes another."""
+    key: list[Any] = []
+    tensors: list[Any] = []
+    _signature(arguments, key, [], tensors)
+    return key, list(map(id, tensors))
 
 
 def _without_arrays(structure: Any) -> list[Any]:
@@ -468,10 +502,12 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
                    with `y.numpy()` or `+y`. By default, and always on a GPU, results are the
                    caller's own.
 
-    A signature is the structure of the arguments, shapes and types of the tensors in them, and the
-    values of everything else: a Python number that changes makes a new program. Numbers in the
-    function's own closure, defaults and globals count too. All else that it finds outside
-    (attributes, lists) is taken as it was when it was recorded: `check` finds what should not be.
+    A signature is the structure of the arguments, shapes and types of the tensors in them, the
+    values of numbers and strings, which objects all others are, and the chosen backend: a Python
+    number that changes makes a new program. Numbers in the function's own closure, defaults and
+    globals count too. All else that it finds outside or in objects (attributes, lists) is taken as
+    it was when it was recorded: `check` finds what should not be. A tensor that is passed twice is
+    two arguments: the gradient with respect to one leaves the other out.
     What is no operation of tapegrad (printing, appending to a list) happens while recording only.
     On a GPU an index out of range stops no call, unless it is a constant: what is taken is NaN, and
     `IndexError` is raised when values are next looked at, or by a later call of the function. With
@@ -479,7 +515,8 @@ def function(function: Any = None, *, strict: bool = True, lease_results: bool =
     A tape that listens around a call hears the operations one by one: then nothing is replayed.
 
     Raises `FunctionError` where a value that depends on the inputs becomes a Python number
-    (`float`, `if`, `.numpy()`) or decides about a shape, and where two calls do not do the same.
+    (`float`, `if`, `.numpy()`) or decides about a shape, where two calls do not do the same, and
+    where a list, dict or object that is an argument is changed.
 
     >>> w = tg.Variable(3.0)
     >>> @tg.function

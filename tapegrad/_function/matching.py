@@ -11,10 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from tapegrad import _backend
 from tapegrad._backend import Array
 from tapegrad.tensor import Tensor
 
 Matcher = Callable[[tuple[Any, ...]], "list[Array] | None"]
+
+
+def is_taken_as_it_is(x: Any) -> bool:
+    """Tell whether x is an array that a program computes with, with no Tensor made of it."""
+    if type(x) is not np.ndarray or not x.ndim:
+        return False
+    return _backend.numpy_alone or _backend.default_module() is np
 
 
 def matcher(
@@ -30,6 +38,12 @@ def matcher(
     names = [f"x{i}" for i in range(len(arguments))]
     unpack = f"{', '.join(names)}{',' * (len(names) == 1)} = arguments" if names else "pass"
     lines = [f"if len(arguments) != {len(names)}: return None", unpack]
+    if _backend.numpy_alone:
+        space["backend"] = _backend
+        lines.append("if not backend.numpy_alone: return None")
+    else:
+        space["chosen"] = _backend.chosen
+        lines.append(f"if chosen() != {_backend.chosen()!r}: return None")
     if numbers is not None:
         space["now"], space["numbers"] = numbers, numbers()
         lines.append("if now() != numbers: return None")
@@ -41,13 +55,13 @@ def matcher(
         if type(x) is Tensor:
             lines += [f"if type({name}) is not Tensor: return None", f"{name} = {name}._array"]
             x = x._array
-        elif type(x) is not np.ndarray or not x.ndim:
+        elif not is_taken_as_it_is(x):
             return None
         kind, dtype = f"kind_of_{name}", f"dtype_of_{name}"
         space[kind], space[dtype] = type(x), x.dtype
         lines.append(
-            f"if {name}.shape != {x.shape} or {name}.dtype is not {dtype} "
-            f"or type({name}) is not {kind}: return None"
+            f"if type({name}) is not {kind} or {name}.shape != {x.shape} "
+            f"or {name}.dtype is not {dtype}: return None"
         )
         given.append(name)
     text = "\n    ".join(["def match(arguments):", *lines, f"return [{', '.join(given)}]"])

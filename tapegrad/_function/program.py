@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tapegrad._backend import Array
+from tapegrad._structure import differ_in_leaves_alone
 from tapegrad.primitive import Primitive, Update
 from tapegrad.tensor import Tensor
 from tapegrad.variable import Variable
@@ -216,7 +217,7 @@ def _differences(first: Program, second: Program) -> Iterator[Difference]:
             if y.shape != z.shape or y.dtype != z.dtype:
                 yield Difference(False, f"{b.name} at {b.where} gave {y!r}, then {z!r}")
             known[z] = y
-    if len(first.outputs) != len(second.outputs):
+    if not differ_in_leaves_alone(first.structure, second.structure):
         yield Difference(False, "the results had another structure")
     for leaf, other in zip(first.outputs, second.outputs, strict=True):
         if type(leaf) is Value and type(other) is Value:
@@ -225,7 +226,11 @@ def _differences(first: Program, second: Program) -> Iterator[Difference]:
             continue
         elif isinstance(other, np.ndarray):
             yield Difference(True, "the function returned another NumPy array: return tensors")
-        elif type(leaf) is not type(other) or leaf != other:
+        elif type(leaf) is not type(other) or (
+            repr(leaf) != repr(other)  # 0.0 equals -0.0, and NaN not itself
+            if isinstance(leaf, (int, float, np.generic))
+            else leaf != other
+        ):
             yield Difference(True, f"the function returned {leaf!r}, then {other!r}")
 
 

@@ -138,7 +138,7 @@ class Recording:
     def leaving(self, x: Operand, how: str) -> None:
         """Refuse to let a value that depends on the inputs become one that is always the same."""
         if isinstance(x, Variable) or x.id in self._values:
-            self._refuse(
+            self.refuse(
                 f"{how} needs the value of a tensor while {self._name} is being compiled, at "
                 f"{user_location()}; each call has another, and a compiled call would use this "
                 "one for ever: compute with tensors (tg.where for a choice), return the tensor and "
@@ -149,8 +149,9 @@ class Recording:
         """Allow Variables in the first call only: a replay makes none."""
         self.created_variables = True
         if not self._founding:
-            self._refuse(
-                f"{self._name} makes a Variable in every call, at {user_location()}: make it once, "
+            self.refuse(
+                f"{self._name} makes a Variable in every call, at {user_location()} (optimisers, "
+                "layers and random numbers with a seed of their own make some): make it once, "
                 "outside or in the first call only, and assign to it"
             )
 
@@ -158,7 +159,8 @@ class Recording:
         """Say no: what is only for tapes need not be done for a recording."""
         return False
 
-    def _refuse(self, problem: str) -> None:
+    def refuse(self, problem: str) -> None:
+        """Raise an error, or keep the function from being compiled."""
         if self._strict:
             raise FunctionError(problem)
         self.problem = self.problem or problem

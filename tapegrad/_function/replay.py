@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad import _storage
+from tapegrad import _backend, _storage
 from tapegrad._backend import Array
 from tapegrad._function import (
     elementwise_calls,  # noqa: F401  fills the table of lowerings
@@ -125,6 +125,7 @@ class Replay:
         self._first_write = writes_last(program)
         self._finish = _finisher(program)
         self._writes = self._first_write < len(program.steps)
+        self._homes = [(v, _backend.module_of((v._array,))) for v in self.variables()]
         # A context of its own, in which NumPy does not warn: entering it costs a tenth of errstate.
         self._context = contextvars.copy_context()
         self._context.run(lambda: np.seterr(all="ignore"))
@@ -206,6 +207,9 @@ class Replay:
         return list(found.values())
 
     def _check_placements(self) -> None:
+        if not _backend.numpy_alone:
+            for variable, xp in self._homes:
+                variable._move(xp)  # a stream of random numbers goes to where it is drawn from
         placements = _storage.placements
         if any(v._array is not array for v, array in self._memory_of):
             self._leases.clear()

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import time
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -190,6 +191,12 @@ def one_or_the_other(x):
     return (a if next(COUNTER) % 2 else b) * 2.0, a, b
 
 
+CHANGING |= {
+    "a returned name": lambda x: {f"step {next(COUNTER)}": x * 2.0},
+    "a returned container": lambda x: [x * 2.0] if next(COUNTER) % 2 else (x * 2.0,),
+    "a returned depth": lambda x: [[x * 2.0], x] if next(COUNTER) % 2 else [x * 2.0, [x]],
+    "a returned key's type": lambda x: {1 if next(COUNTER) % 2 else 1.0: x * 2.0},
+}
 CHANGING |= {"when it reads": read_before_or_after, "what it takes": one_or_the_other}
 
 
@@ -228,6 +235,25 @@ def test_what_changes_stays_eager_if_not_strict():
     assert len(caught) == 1
     for k in range(3, 8):
         assert_same(f(X), X * float(k))
+
+
+def test_results_keyed_by_variables():
+    variables = [tg.Variable([1.0, 2.0]), tg.Variable([3.0, 4.0])]
+
+    def f(x):
+        with tg.GradientTape() as tape:
+            loss = sum(tg.sum(v * x) for v in variables)
+        gradients = tape.gradient(loss, {v: v for v in variables})
+        for v, gradient in gradients.items():
+            v.assign_add(gradient)
+        return {v: v * x for v in variables}
+
+    compiled = tg.function(f)
+    for _ in range(4):
+        found = compiled(X)
+        for v in variables:
+            assert_same(found[v], v * X)
+    assert len(compiled.programs) == 1
 
 
 def test_calls_that_settle_are_compiled():
@@ -284,7 +310,7 @@ def test_a_first_call_that_fails_is_none():
 def test_variables_in_every_call_are_refused():
     f = tg.function(lambda x: tg.Variable(x) * 2.0)
     f(X)
-    with pytest.raises(FunctionError, match=r"makes a Variable in every call, at .*refusals"):
+    with pytest.raises(FunctionError, match=r"makes a Variable in every call, at .*refusals.*seed"):
         f(X)
     g = tg.function(lambda x: tg.Variable(x) * 2.0, strict=False)
     g(X)
@@ -331,6 +357,64 @@ def test_side_effects_happen_while_recording_only():
     for _ in range(6):
         f(X)
     assert len(seen) == 2
+
+
+@dataclass
+class State:
+    h: tg.Tensor
+
+
+def attribute(state):
+    state.h = state.h * 2.0
+
+
+def renamed(batch):
+    batch["y"] = batch.pop("x")
+
+
+CHANGED = {
+    "append": (lambda: [X], lambda xs: xs.append(xs[0] * 2.0)),
+    "item": (lambda: [[X], X], lambda xs: xs[0].__setitem__(0, X * 2.0)),
+    "order": (lambda: [X, OTHER], lambda xs: xs.reverse()),
+    "pop": (lambda: {"x": X, "y": OTHER}, lambda batch: batch.pop("y") * 2.0),
+    "name": (lambda: {"x": X}, renamed),
+    "count": (lambda: {"x": X, "n": 1}, lambda batch: batch.update(n=2)),
+    "attribute": (lambda: State(X), attribute),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_arguments_that_the_function_changes_are_refused(name):
+    make, change = CHANGED[name]
+    f = tg.function(change)
+    for _ in range(3):
+        with pytest.raises(FunctionError, match="changes a list, dict or object that it was given"):
+            f(make())
+    g = tg.function(change, strict=False)
+    with pytest.warns(TapeWarning, match=r"change a copy.*It is not compiled"):
+        g(make())
+    got, want = make(), make()
+    assert_same(g(got), change(want))
+    assert_same(got, want)
+
+
+def test_arguments_that_the_function_copies_are_its_own():
+    v = tg.Variable([1.0, 1.0])
+
+    def f(*xs, by, **batch):
+        batch["y"] = batch.pop("x") * 2.0
+        xs = [*xs, batch["y"]]
+        xs.append(by[v] * v)
+        v.assign_add(xs[0])
+        return xs, batch
+
+    compiled = tg.function(f)
+    for _ in range(4):
+        want = f(X, x=OTHER, by={v: X})
+        v.assign([1.0, 1.0])
+        assert_same(compiled(X, x=OTHER, by={v: X}), want)
+        v.assign([1.0, 1.0])
+    assert len(compiled.programs) == 1
 
 
 def test_no_warning_of_numpy_in_a_replay():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import gc
 import math
+import pickle
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +83,10 @@ DIFFERENT = [
     (({"a": X},), ({"b": X},)),
     ((collections.UserDict(a=X),), (collections.UserDict(b=X),)),
     (({"a": X, "b": Y},), ({"b": Y, "a": X},)),
+    (({1: X},), ({True: X},)),
+    (({0.0: X},), ({-0.0: X},)),
+    (({("a", 2): X},), ({("a", 2.0): X},)),
+    ((collections.UserDict({1: X}),), (collections.UserDict({1.0: X}),)),
     ((X, 1), (X, 2)),
     ((X, 1), (X, 1.0)),
     ((X, 1), (X, True)),
@@ -168,6 +174,28 @@ def test_a_closure_that_changes_after_many_calls():
     assert len(f.programs) == 2
 
 
+def test_surroundings_whose_numbers_and_tensors_change_places():
+    base = power = tg.constant([3.0, 2.0])
+
+    def plain(x, shift=1.0, by=Y):
+        return x * base**power + shift * by
+
+    f = tg.function(plain)
+    for surroundings in [
+        (X, 2.0, (1.0, Y)),
+        (2.0, X, (1.0, Y)),
+        (X, 2.0, (Y, 1.0)),
+        (2.0, 3.0, (1.0, Y)),
+        (2.0, X, (Y, 1.0)),
+        (X, 2.0, (1.0, Y)),
+        (2.0, 3.0, (Y, 1.0)),
+    ] * 2:
+        base, power, plain.__defaults__ = surroundings
+        for _ in range(3):
+            assert_same(f(X), plain(X))
+    assert len(f.programs) >= 6
+
+
 @pytest.mark.parametrize("how", ["wrapper", "wrapped", "partial", "object", "method"])
 def test_a_closure_that_changes_inside_of_what_is_called(how):
     factor = 2.0
@@ -199,6 +227,17 @@ def test_an_argument_beside_none_is_handed_back():
         first, second = f(None, X, Y)
         assert first is Y
         assert second is X
+
+
+@pytest.mark.parametrize("other", [2.0, None, "text", [1.0, 2.0], X, tg.Variable([1.0, 2.0])])
+def test_something_else_after_many_arrays(other):
+    f = Counted(lambda x: None if x is None or type(x) is str else tg.asarray(x) * 2.0)
+    for _ in range(4):
+        f(np.ones(2))
+    for _ in range(3):
+        f(other)
+    assert f.is_replayed(other)
+    assert f.is_replayed(np.ones(2))
 
 
 def test_keywords():
@@ -378,6 +417,58 @@ def test_an_object_that_takes_no_weak_references():
         Slotted().step(X)
 
 
+def test_what_binds_no_object_is_not_bound():
+    class Holder:
+        static = tg.function(staticmethod(lambda x: x * 2.0))
+        partial = tg.function(functools.partial(tg.multiply, 3.0))
+        of_another = tg.function(Model([1.0, 1.0]).step)
+
+    holder = Holder()
+    for k in range(1, 5):
+        assert_same(holder.static(X), X * 2.0)
+        assert_same(holder.partial(X), X * 3.0)
+        assert_same(holder.of_another(X), (X * k + 1.0) * 2.0)
+    assert len(Holder.static.programs) == 1
+
+
+class Inner:
+    def __init__(self):
+        self.v = tg.Variable([1.0, 1.0])
+        self.compiled = tg.function(self.step, lease_results=True)
+        self.method = self.twice
+
+    def step(self, x):
+        self.v.assign_add(x)
+        return self.v * 2.0
+
+    @tg.function
+    def twice(self, x):
+        return x * self.v
+
+
+@tg.function
+def module_level(x):
+    return x * 2.0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles(copied):
+    assert copied(module_level) is module_level
+    first = Inner()
+    for _ in range(3):
+        first.compiled(X)
+    second = copied(first)
+    for _ in range(3):
+        leased = second.compiled(X)
+    np.testing.assert_array_equal(first.v, [4.0, 7.0])
+    np.testing.assert_array_equal(second.v, [7.0, 13.0])
+    second.compiled(X)
+    with pytest.raises(RuntimeError, match="leased"):
+        leased.numpy()
+    assert second.method.__self__ is second
+    assert_same(second.method(X), X * second.v)
+
+
 # ---- numbers in the function's surroundings
 
 RATE = 2.0
@@ -523,12 +614,10 @@ def test_inputs_are_returned_as_they_are():
         assert inner["y"] is Y
         assert variable is v
         assert other is not X
-    g = tg.function(lambda a: a)
-    for _ in range(4):
-        got = g(array)
-        assert isinstance(got, tg.Tensor) or got is array
-    array[0] = 7.0
-    assert isinstance(got, np.ndarray) or float(got[0]) == 1.0
+    g = tg.function(lambda a: (a, tg.asarray(a)))
+    results = [g(array) for _ in range(4)]
+    array[0] = 7.0  # which is the caller's own: results are tensors, and keep their values
+    assert_same(results, [(tg.ones(2, dtype="float64"),) * 2] * 4)
 
 
 VIEWS = {
@@ -614,6 +703,49 @@ def test_structures_come_back(kind):
         assert_same(got, f(X))
 
 
+@dataclass
+class Doubled:
+    x: Any
+    total: Any = field(init=False)
+
+    def __post_init__(self):
+        self.x = self.x * 2.0
+        self.total = tg.sum(self.x)
+
+
+def test_structures_are_not_initialised_anew():
+    f = tg.function(lambda batch, counts: (Doubled(batch.x + batch.total), batch, counts))
+    batch, counts = Doubled(X), collections.Counter("aab")  # x is [2, 4], the total 6
+    for _ in range(4):
+        made, again, counted = f(batch, counts)
+        assert_same([made.x, made.total], [tg.constant([16.0, 20.0]), tg.constant(36.0)])
+        assert again.x is batch.x
+        assert (type(counted), counted) == (collections.Counter, counts)
+
+
+@dataclass
+class Scaling:
+    scale: Any
+
+    def __post_init__(self):
+        self.length = self.scale.shape[0]
+        self.v = tg.Variable([1.0, 1.0])
+        self.total = [tg.sum(self.scale)]
+
+
+def test_what_a_dataclass_has_beside_its_fields():
+    scaling = Scaling(X)
+    f = tg.function(lambda s, x: s.v.assign_add(s.scale * x) * float(s.length))
+    for _ in range(4):
+        f(scaling, Y)
+    np.testing.assert_array_equal(scaling.v, [13.0, 41.0])
+    made = tg.function(lambda x: Scaling(x * 2.0))
+    # What is computed of other fields would be wrong: it is not there.
+    assert not hasattr(made(X), "total")
+    with pytest.raises(AttributeError, match="total"):
+        tg.function(lambda s: s.scale * s.total[0])(scaling)
+
+
 @pytest.mark.parametrize("value", [None, 3, 2.5, "text", True, (), [], {}])
 def test_results_without_tensors(value):
     f = tg.function(lambda x: value)
@@ -621,6 +753,18 @@ def test_results_without_tensors(value):
         got = f(X)
         assert type(got) is type(value)
         assert got == value
+
+
+def test_numbers_in_results_are_the_same_to_the_last_bit():
+    f = tg.function(lambda x: (x * 2.0, float("nan"), np.float32("nan")))
+    for _ in range(4):
+        assert all(math.isnan(number) for number in f(X)[1:])
+    assert len(f.programs) == 1
+    zeros = iter([0.0, -0.0])
+    g = tg.function(lambda x: (x * 2.0, next(zeros)))
+    g(X)
+    with pytest.raises(FunctionError, match=r"returned 0\.0, then -0\.0"):
+        g(X)
 
 
 def test_arrays_in_results_are_always_the_same_or_refused():

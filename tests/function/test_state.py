@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import warnings
 
 import numpy as np
 import pytest
@@ -507,6 +509,44 @@ def test_check_finds_what_is_neither_argument_nor_variable():
     numbers[0] = 5.0
     with pytest.raises(FunctionError, match=r"the result is .* computed eagerly"):
         compiled.check(X)
+
+
+@pytest.mark.parametrize(
+    ("result", "first", "second", "words"),
+    [
+        (lambda x, k: (x * 1.0, k), 2, 3, r"result\[1\] is 3 computed eagerly and 2 by replay"),
+        (lambda x, k: (x * 1.0, k), 2, 2.0, r"result\[1\] is 2.0 .* and 2 by"),
+        (lambda x, k: (x * 1.0, k), 0.0, -0.0, r"result\[1\] is -0.0 .* and 0.0 by"),
+        (lambda x, k: [x * 1.0, k], X, 2.0, r"result\[1\] is 2.0 "),
+        (lambda x, k: [x * 1.0, k], None, X, r"result\[1\] is .*Tensor.* and None by"),
+        (lambda x, k: [x * 1.0] * k, 1, 2, r"a list of .*\[1\] comp.* and a list of .*\[0\] by"),
+        (lambda x, k: {k: x * 1.0}, "a", "b", r"a dict of .*'b'.* and a dict of .*'a'.* by"),
+        (lambda x, k: k([x * 1.0]), tuple, list, r"a list of .* and a tuple of .* by"),
+        (lambda x, k: tg.ones(k) * x[0], 1, 2, r"result is float32\[2\] .* float32\[1\] by"),
+        (tg.astype, "float32", "int64", r"result is int64\[2\] .* float32\[2\] by"),
+        (lambda x, k: x * tg.constant([np.inf, k]), 2.0, 3.0, r"\[inf  6.\] .* \[inf  4.\]"),
+    ],
+)
+def test_check_finds_other_results(result, first, second, words):
+    holder = Holder()
+    holder.scale = first
+    f = tg.function(lambda x: result(x, holder.scale))
+    f.check(X)
+    holder.scale = second
+    with pytest.raises(FunctionError, match=words):
+        f.check(X)
+
+
+def test_check_takes_nan_for_nan():
+    f = tg.function(lambda x: (x * math.nan, math.nan, x / tg.constant([1.0, math.nan])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f.check(X)
+
+
+def test_check_of_arrays_that_are_handed_back():
+    f = tg.function(lambda x, y: (x, y * 2.0))
+    f.check(np.ones(2), np.float64(3.0))
 
 
 def test_check_of_state_alone():

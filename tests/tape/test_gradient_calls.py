@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -68,6 +69,42 @@ def test_G1_the_answer_has_the_structure_of_the_sources():
     assert isinstance(answer, Layer)
     assert (answer.kernel, answer.bias) == (30.0, 9.0)
     assert ask([x, {"k": (w, [x])}]) == [30.0, {"k": (9.0, [30.0])}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubling:
+    kernel: tg.Variable
+    twice: tuple = dataclasses.field(init=False)
+    scale: dataclasses.InitVar[float]
+
+    def __post_init__(self, scale):
+        object.__setattr__(self, "kernel", self.kernel * scale)
+        object.__setattr__(self, "twice", (self.kernel, self.kernel))
+
+
+class Named(list):
+    def __init__(self, name, leaves):
+        super().__init__(leaves)
+        self.name = name
+
+
+def test_G1_containers_are_not_initialised_anew():
+    tape = tg.GradientTape(persistent=True)
+    with tape:
+        x = tg.constant(3.0)
+        tape.watch(x)
+        sources = Doubling(x, 2.0)
+        named, counted = Named("n", [x]), Counter(a=x)
+        z = sources.kernel * x
+    answer = tape.gradient(z, sources)
+    assert type(answer) is Doubling
+    assert (answer.kernel, answer.twice) == (3.0, (3.0, 3.0))
+    answer = tape.gradient(z, named)
+    assert (type(answer), answer.name, list(answer)) == (Named, "n", [12.0])
+    assert dict(tape.gradient(z, counted)) == {"a": 12.0}
+    answer = tape.gradient(z, MappingProxyType({"a": x}))
+    assert type(answer) is MappingProxyType
+    assert answer == {"a": 12.0}
 
 
 @pytest.mark.parametrize("nothing", [[], (), {}])
