@@ -629,7 +629,8 @@ def test_without_memory_for_a_graph_it_is_launched(
     assert full.calls == at
     (warning,) = caught
     assert "one by one: there is no memory left for a graph of its own" in str(warning.message)
-    assert len(gpu.streams) == 1 and gpu.stream.capture is None
+    assert len(gpu.streams) == 1
+    assert gpu.stream.capture is None
 
 
 def test_memory_that_ends_after_the_first_write(monkeypatch: pytest.MonkeyPatch) -> None:
