@@ -579,6 +579,16 @@ def test_products_of_matrices_keep_what_is_not_finite(shape, dtype):
         assert np.isnan((tg.constant(left) @ (one * 0)).numpy()).all()
 
 
+@pytest.mark.parametrize("other", [INF, -INF, NAN])
+def test_where_chooses_between_numbers_that_are_not_finite(other):
+    condition = np.array([True, False])
+    for number in (2, 2.0):
+        y, z = tg.where(condition, number, other), tg.where(condition, other, number)
+        np.testing.assert_array_equal(y, [2.0, other])
+        np.testing.assert_array_equal(z, [other, 2.0])
+        assert y.dtype == z.dtype == tg.float32
+
+
 def test_a_nan_that_matters_is_not_hidden():
     _, (dx,) = value_and_gradients(lambda x: tg.sqrt(x) * x, -1.0)
     assert math.isnan(dx)

@@ -794,7 +794,7 @@ def where(condition: ArrayLike, x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     if type(condition) in (float, int):
         condition = bool(condition)
     if type(x1) in (float, int) and type(x2) in (float, int):
-        x1 = Tensor(x1 + x2 * 0)  # type: ignore[operator]
+        x1 = Tensor(float(x1) if type(x2) is float else x1)  # type: ignore[arg-type]
     return _where(condition, x1, x2)
 
 
