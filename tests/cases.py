@@ -544,6 +544,8 @@ row(tg.sum, lambda x: np.sum(x, -1), RANK1, ANY, label="dtype", lacks=NO_0D, dty
     call=lambda x: tg.sum(x, axis=-1, dtype=tg.float64))  # fmt: skip
 row(tg.mean, lambda x: np.sum(x, 0) / len(x), over(RANK1, 0), integers(-9, 9), label="int",
     call=lambda x: tg.mean(x, axis=0), lacks=NO_0D)  # fmt: skip
+row(tg.mean, lambda x: np.mean(x, 0, dtype=np.float64), over(RANK1, 0), integers(2**62, 2**63 - 1),
+    label="large-int", call=lambda x: tg.mean(x, axis=0), lacks=NO_0D)  # fmt: skip
 for function, reference in [(tg.var, np.var), (tg.std, np.std)]:
     several = each((3, 1), (2, 5), (5,), (3, 0), (4, 1, 3))
     row(function, partial(reference, axis=0, ddof=1), several, distinct, label="correction",
@@ -1075,6 +1077,8 @@ for subscripts, shapes in [
         (((2, 3), (3, 5), (5, 2)), ((1, 3), (3, 1), (1, 2)), ((0, 3), (3, 2), (2, 1))),
     ),
     ("i,i,i->i", (((3,),) * 3, ((1,),) * 3, ((0,),) * 3)),
+    ("i,i->", (((1,), (3,)), ((3,), (1,)), ((1,), (0,)))),
+    ("ij,jk,k->i", (((2, 1), (3, 5), (1,)), ((1, 3), (1, 1), (4,)), ((2, 1), (0, 3), (1,)))),
     (",ij->ij", (((), (3, 5)), ((), (1, 2)), ((), (0, 3)))),
 ]:
     row(
@@ -1785,6 +1789,8 @@ refuses(tg.einsum, ValueError, "NAME the output of", lambda: tg.einsum("ij->ii",
         lambda: tg.einsum("ij->k", X))  # fmt: skip
 refuses(tg.einsum, ValueError, "NAME subscripts are letters", lambda: tg.einsum("i1", X))
 refuses(tg.einsum, ValueError, "NAME", lambda: tg.einsum("ij,ij->i", X, X.T))
+refuses(tg.einsum, ValueError, r"NAME 'i' has two lengths in 'ii', of shape \(1, 3\)",
+        lambda: tg.einsum("ii->i", X[:1]), lambda: tg.einsum("ii", X[:1]))  # fmt: skip
 refuses(tg.diagonal, ValueError, "NAME axis1 and axis2", lambda: tg.diagonal(X, axis1=1))
 refuses(tg.diagonal, ValueError, "NAME axis 2 is out of", lambda: tg.diagonal(X, axis1=2))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from tapegrad._backend import Array, Module
 from tapegrad.kernels import gemm
+from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
@@ -171,8 +172,13 @@ def _einsum_vjp(
     for i, needed in enumerate(needs):
         others = inputs[:i] + inputs[i + 1 :]
         equation = ",".join([output, *others]) + "->" + inputs[i]
-        rest = xs[:i] + xs[i + 1 :]
-        answers.append(_einsum(g, *rest, subscripts=equation) if needed else None)
+        if not needed:
+            answers.append(None)
+            continue
+        answer = _einsum(g, *xs[:i], *xs[i + 1 :], subscripts=equation)
+        # Where all others were spread along an axis, each element has the same gradient.
+        shape = np.broadcast_shapes(answer.shape, xs[i].shape)
+        answers.append(answer if answer.shape == shape else _broadcast_to(answer, shape=shape))
     return tuple(answers)
 
 
@@ -202,6 +208,10 @@ def einsum(subscripts: str, /, *operands: ArrayLike) -> Tensor:
             while term.count(letter) > 1:
                 first = term.index(letter)
                 second = term.index(letter, first + 1)
+                if xs[i].shape[first] != xs[i].shape[second]:
+                    raise ValueError(
+                        f"[einsum] {letter!r} has two lengths in {term!r}, of shape {xs[i].shape}"
+                    )
                 xs[i] = diagonal(xs[i], axis1=first, axis2=second)
                 term = term[:first] + term[first + 1 : second] + term[second + 1 :] + letter
         elsewhere = set(output).union(*inputs[:i], *inputs[i + 1 :])

@@ -64,17 +64,19 @@ def count(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
 def mean(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
     """Return the mean over the given axes, over all of them for None; NaN where there is nothing.
 
-    Arguments and errors are those of `sum`. Integers give float64, as in NumPy.
+    Arguments and errors are those of `sum`. Integers are summed in float64, as in NumPy.
 
     >>> print(tg.mean([1.0, 2.0, 6.0]))
     tg.Tensor(3.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
     axes = normalize_axes("mean", axis, x.ndim)
-    # The sum of float16 passes its largest number, 65504, soon: it is taken in float32.
-    wide = np.dtype(np.float32) if x.dtype == np.float16 else None
-    y = ew.divide(_sum(x, axis=axes, keepdims=keepdims, dtype=wide), count(x.shape, axes))
-    return y if wide is None else ew.astype(y, x.dtype)
+    # The sum of float16 passes its largest number, 65504, soon; that of integers would wrap.
+    half = x.dtype == np.float16
+    wide = np.float32 if half else np.float64 if x.dtype.kind in "biu" else None
+    dtype = None if wide is None else np.dtype(wide)
+    y = ew.divide(_sum(x, axis=axes, keepdims=keepdims, dtype=dtype), count(x.shape, axes))
+    return ew.astype(y, x.dtype) if half else y
 
 
 def var(
