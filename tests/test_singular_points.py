@@ -255,6 +255,9 @@ VECTORS = [  # name, function, x, value, gradient
     ("norm of order 3 on an axis", lambda x: tg.norm(x, ord=3), [0.0, -2.0], 2.0, [0.0, -1.0]),
     ("norm of order 1.5", lambda x: tg.norm(x, ord=1.5), [0.0, 4.0], 4.0, [0.0, 1.0]),
     ("sqrt of a sum at the origin", lambda x: tg.sqrt(tg.sum(x * x)), [0.0, 0.0], 0.0, [NAN, NAN]),
+    ("norm of order 0.5 with a 0", lambda x: tg.norm(x, ord=0.5), [0.0, 4.0, 9.0], 25.0,
+     [0.0, 2.5, 5 / 3]),
+    ("norm of order 0.5 at 0", lambda x: tg.norm(x, ord=0.5), [0.0, 0.0], 0.0, [0.0, 0.0]),
     ("std of equal values", tg.std, [2.0, 2.0, 2.0], 0.0, [0.0, 0.0, 0.0]),
     ("var of equal values", tg.var, [2.0, 2.0, 2.0], 0.0, [0.0, 0.0, 0.0]),
     ("prod, one zero", tg.prod, [0.0, 2.0, 3.0], 0.0, [6.0, 0.0, 0.0]),
@@ -285,6 +288,36 @@ def test_vectors(function, x, value, slopes):
     y, (dx,) = value_and_gradients(function, x)
     np.testing.assert_allclose(y, value, rtol=1e-15)
     np.testing.assert_allclose(dx, slopes, rtol=1e-12)  # see test_pairs
+
+
+@pytest.mark.parametrize("correction", [2, 3])
+def test_var_and_std_with_no_degree_of_freedom_left(correction):
+    """As NumPy: the divisor is 0 then, never negative."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for function in (tg.var, tg.std):
+            assert function([1.0, 2.0], correction=correction) == INF
+            assert math.isnan(function([2.0, 2.0], correction=correction))
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_float16_is_squared_and_summed_in_float32(keepdims):
+    """300**2 is above its largest number, 65504, and so is the sum of 700 times 10**2."""
+    far, many = np.float16([300.0, -400.0]), np.tile(np.float16([10.0, -10.0]), 350)
+    for function, x, value, slopes in [
+        (tg.norm, far, 500.0, [0.6, -0.8]),
+        (tg.std, far, 350.0, [0.5, -0.5]),
+        (tg.var, many, 100.0, many / np.float32(350)),
+        (tg.std, many, 10.0, many / np.float32(7000)),
+        (lambda x, **o: tg.norm(x, ord=3, **o), far, 91e6 ** (1 / 3),
+         [9e4 / 91e6 ** (2 / 3), -16e4 / 91e6 ** (2 / 3)]),
+    ]:  # fmt: skip
+        v = tg.Variable(x)
+        with tg.GradientTape() as tape:
+            y = function(v, keepdims=keepdims)
+        dx = tape.gradient(y, v)
+        assert y.dtype == dx.dtype == tg.float16
+        np.testing.assert_allclose(y, np.reshape(value, y.shape), rtol=1e-3)
+        np.testing.assert_allclose(dx, slopes, rtol=1e-3)
 
 
 @pytest.mark.parametrize("function", [tg.max, tg.min])

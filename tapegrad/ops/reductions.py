@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,21 +80,35 @@ def mean(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tenso
     return ew.astype(y, x.dtype) if half else y
 
 
+def _in_float32(reduction: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
+    """Reduce float16 with all steps in float32: squares soon pass its largest number, 65504."""
+    return ew.astype(reduction(ew.astype(x, np.float32), **options), x.dtype)
+
+
+def _divisor(shape: tuple[int, ...], axes: tuple[int, ...], correction: float) -> float:
+    """Return n - correction, or 0 where that is below: no variance is negative."""
+    n = count(shape, axes) - correction
+    return n if n > 0 else 0.0
+
+
 def var(
     x: ArrayLike, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool = False
 ) -> Tensor:
     """Return the variance: the sum of squared deviations from the mean, by n - correction.
 
+    A divisor below 0 counts as 0, as with NumPy: the variance is then infinite or NaN.
     Other arguments and errors are those of `sum`.
 
     >>> print(tg.var([1.0, 3.0]))
     tg.Tensor(1.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
+    if x.dtype == np.float16:
+        return _in_float32(var, x, axis=axis, correction=correction, keepdims=keepdims)
     axes = normalize_axes("var", axis, x.ndim)
     deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
     total = sum(ew.square(deviation), axis=axes, keepdims=keepdims)
-    return ew.divide(total, count(x.shape, axes) - correction)
+    return ew.divide(total, _divisor(x.shape, axes, correction))
 
 
 def std(
@@ -107,11 +122,12 @@ def std(
     tg.Tensor(1.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
+    if x.dtype == np.float16:
+        return _in_float32(std, x, axis=axis, correction=correction, keepdims=keepdims)
     axes = normalize_axes("std", axis, x.ndim)
     deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
-    divisor = count(x.shape, axes) - correction
     length = _euclidean(deviation, axis=axes, keepdims=keepdims)
-    return ew.divide(length, math.sqrt(divisor) if divisor > 0 else math.nan)
+    return ew.divide(length, math.sqrt(_divisor(x.shape, axes, correction)))
 
 
 # ---- norms
@@ -153,6 +169,8 @@ def norm(
     x = as_tensor(x)
     if x.dtype.kind != "f":
         x = ew.astype(x, np.result_type(x.dtype, np.float32))
+    if x.dtype == np.float16:
+        return _in_float32(norm, x, ord=ord, axis=axis, keepdims=keepdims)
     axes = normalize_axes("norm", axis, x.ndim)
     if ord == 2:
         return _euclidean(x, axis=axes, keepdims=keepdims)
@@ -164,10 +182,15 @@ def norm(
         return min(ew.abs(x), axis=axes, keepdims=keepdims)
     if ord == 0:
         return sum(ew.astype(logic.not_equal(x, 0), x.dtype), axis=axes, keepdims=keepdims)
-    total = sum(ew.power(ew.abs(x), ord), axis=axes, keepdims=keepdims)
-    # The root's slope at 0 is infinite; where all elements are 0 the norm's gradient is 0.
-    zero = logic.equal(total, 0)
-    return ew.where(zero, 0, ew.power(ew.where(zero, 1, total), 1 / ord))
+    sizes = ew.abs(x)
+    terms = _power_from_0(sizes, ord) if 0 < ord < 1 else ew.power(sizes, ord)
+    return _power_from_0(sum(terms, axis=axes, keepdims=keepdims), 1 / ord)
+
+
+def _power_from_0(x: Tensor, exponent: float) -> Tensor:
+    """Return x**exponent, with the gradient 0 at 0, where a root's slope is infinite."""
+    zero = logic.equal(x, 0)
+    return ew.where(zero, 0, ew.power(ew.where(zero, 1, x), exponent))
 
 
 # ---- extremes
