@@ -1746,6 +1746,9 @@ refuses(tg.pad, ValueError, "NAME widths must be a number", lambda: tg.pad(X, (1
 refuses(tg.pad, ValueError, "NAME widths must be integers >= 0",
         lambda: tg.pad(X, -1), lambda: tg.pad(X, 0.5))  # fmt: skip
 refuses(tg.pad, ValueError, r"NAME.*empty", lambda: tg.pad(EMPTY, 1, mode="edge"))
+refuses(tg.pad, TypeError, "NAME value must be a number, got",
+        lambda: tg.pad(X, ((1, 1), (0, 0)), value=(1.0, 2.0, 3.0)),
+        lambda: tg.pad(X, 1, value=tg.constant(1.0)))  # fmt: skip
 
 Y = tg.constant(X)
 refuses(tg.getitem, IndexError, "NAME an index is an integer", lambda: Y[0.5], lambda: Y[[0.5]])

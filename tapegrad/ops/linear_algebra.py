@@ -93,6 +93,14 @@ def matmul(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     return _reshape(y, shape=shape)
 
 
+def dot(x1: ArrayLike, x2: ArrayLike) -> Tensor:
+    """Return NumPy's `dot`: of numbers and of stacks of matrices it is not `matmul`."""
+    left, right = as_tensor(x1), as_tensor(x2)
+    if not left.ndim or not right.ndim:
+        return ew.multiply(x1, x2)
+    return matmul(left, right) if right.ndim < 3 else tensordot(left, right, axes=([-1], [-2]))
+
+
 def outer(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     """Return the outer product x1[i] * x2[j] of two vectors.
 
