@@ -43,6 +43,8 @@ class Optimizer:
                        ones are not lost in 16 bits: they are divided by it first.
     """
 
+    # The hyper-parameters that there are only if they were given.
+    _OPTIONAL: tuple[str, ...] = ("global_clipnorm", "loss_scale_factor")
     _SLOTS: tuple[str, ...] = ()
     _START: tuple[float, ...] = ()  # the slots' first values; zeros if empty
     # The slots that are moving averages, and which hyper-parameter says what they keep.
@@ -97,7 +99,7 @@ class Optimizer:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_hyperparameters", ()):
             self._hyperparameters[name].assign(value)
-        elif name in ("global_clipnorm", "loss_scale_factor"):
+        elif name in self._OPTIONAL:
             raise AttributeError(f"{type(self).__name__} was made without {name}: give it there")
         else:
             object.__setattr__(self, name, value)
@@ -279,7 +281,7 @@ class Optimizer:
 class SGD(Optimizer):
     """Gradient descent: p -= learning_rate * g, with momentum if asked for.
 
-    momentum  mu > 0: v = mu * v - learning_rate * g; p += v.
+    momentum  mu > 0: v = mu * v - learning_rate * g; p += v. Made with 0 it has none to change.
     nesterov  whether then p += mu * v - learning_rate * g instead (Y. Nesterov, 1983).
 
     Raises `ValueError` for negative numbers.
@@ -287,6 +289,8 @@ class SGD(Optimizer):
     >>> tg.optimizers.SGD(learning_rate=0.1, momentum=0.9)
     <SGD learning_rate=0.1, momentum=0.9>
     """
+
+    _OPTIONAL = (*Optimizer._OPTIONAL, "momentum")
 
     def __init__(
         self,
@@ -302,7 +306,7 @@ class SGD(Optimizer):
             global_clipnorm=global_clipnorm,
             loss_scale_factor=loss_scale_factor,
             learning_rate=learning_rate,
-            momentum=momentum,
+            **({"momentum": momentum} if momentum else {}),
         )
         self._nesterov = bool(nesterov)
         self._has_momentum = momentum > 0
@@ -477,7 +481,7 @@ def get(optimizer: Any) -> Optimizer:
     Raises `ValueError` for an unknown name.
 
     >>> tg.optimizers.get("sgd")
-    <SGD learning_rate=0.01, momentum=0>
+    <SGD learning_rate=0.01>
     """
     if isinstance(optimizer, Optimizer):
         return optimizer
