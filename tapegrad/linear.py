@@ -23,6 +23,26 @@ add: Primitive = primitive(
 )
 
 
+def is_short(dtype: np.dtype[Any]) -> bool:
+    """Tell whether floating numbers have 16 bits, and so are summed in float32.
+
+    NumPy would add them up as they are: in float16 2048 + 1 is 2048, in bfloat16 256 + 1 is 256.
+    """
+    return dtype.itemsize == 2 and dtype.kind in "fV"
+
+
+_add_reduce: Any = np.add.reduce  # in half the time of x.sum
+
+
+def sum_over(xp: Module, x: Any, axis: tuple[int, ...] | int, keepdims: bool = False) -> Array:
+    """Return the sum over axes in the type of x, a floating one."""
+    if xp is not np:  # CuPy sums 16 bits in float32 by itself
+        return x.sum(axis=axis, keepdims=keepdims, dtype=x.dtype)
+    if is_short(x.dtype):
+        return _add_reduce(x, axis, np.float32, keepdims=keepdims).astype(x.dtype)
+    return _add_reduce(x, axis, x.dtype, keepdims=keepdims)
+
+
 def by_product(xp: Module, x: Any) -> bool:
     """Tell whether rows are summed, a bias's gradient, by a product with ones.
 
@@ -45,7 +65,7 @@ def _sum_to(xp: Module, x: Array, *, shape: tuple[int, ...]) -> Array:
             return y if len(shape) == 1 else y.reshape(shape)
     lead = x.ndim - len(shape)
     stretched = [i for i, length in enumerate(x.shape) if i < lead or shape[i - lead] != length]
-    return x.sum(axis=tuple(stretched), dtype=x.dtype).reshape(shape)
+    return sum_over(xp, x, tuple(stretched)).reshape(shape)
 
 
 def _sum_into(

@@ -7,6 +7,7 @@ zero upstream gradient gives zero, whatever the derivative.
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -318,6 +319,55 @@ def test_float16_is_squared_and_summed_in_float32(keepdims):
         assert y.dtype == dx.dtype == tg.float16
         np.testing.assert_allclose(y, np.reshape(value, y.shape), rtol=1e-3)
         np.testing.assert_allclose(dx, slopes, rtol=1e-3)
+
+
+def bias_gradient(x, layer=tg.add):
+    bias = tg.zeros(x.shape[1:], dtype=x.dtype)
+    with tg.GradientTape() as tape:
+        tape.watch(bias)
+        y = layer(x, bias)
+    return tape.gradient(y, bias)
+
+
+SUMS = {  # of 5000 rows of 1, where the last axis is no longer than 3
+    "sum": (tg.sum, 15000.0),
+    "sum over rows": (lambda x: tg.sum(x, axis=0), 5000.0),
+    "sum in its own type": (lambda x: tg.sum(x, axis=0, dtype=x.dtype), 5000.0),
+    "mean over rows": (lambda x: tg.mean(x, axis=0), 1.0),
+    "bias": (bias_gradient, 5000.0),
+    "bias of stacks": (lambda x: bias_gradient(x[:, None, :]), 5000.0),
+    "spread": (lambda x: bias_gradient(x[None, :, :1])[:1], 1.0),
+    "softmax": (lambda x: tg.nn.softmax(x, axis=0), 1 / 5000),
+    "log_softmax": (lambda x: tg.nn.log_softmax(x, axis=0), -math.log(5000)),
+    "logsumexp": (lambda x: tg.logsumexp(x, axis=0), 1 + math.log(5000)),
+    "cross-entropy": (lambda x: tg.nn.softmax_cross_entropy(x.T, [0, 1, 2]), math.log(5000)),
+    "smoothed": (lambda x: tg.nn.softmax_cross_entropy(x.T, [0, 1, 2], label_smoothing=0.5),
+                 math.log(5000)),
+    "of targets": (lambda x: tg.nn.softmax_cross_entropy(x.T, x.T / 5000), math.log(5000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_16_bits_are_summed_in_float32(dtype, name, compiled):
+    """In float16 2048 + 1 is 2048, in bfloat16 256 + 1 is 256: where NumPy adds row by row."""
+    function, value = SUMS[name]
+    function = tg.function(function) if compiled else function
+    x = tg.constant(np.ones((5000, 3), dtype))
+    for _ in range(3 if compiled else 1):
+        y = function(x).numpy()
+    np.testing.assert_allclose(y.astype("f8"), value, rtol=2e-3 if dtype == "f2" else 1e-2)
+
+
+def test_the_gradient_of_a_float16_layers_bias_too():
+    def function(x):
+        return bias_gradient(x, lambda x, b: tg.nn.linear_relu(x, tg.ones_like(x[:3]), b))
+
+    compiled = tg.function(function)
+    x = tg.constant(np.ones((5000, 3), "f2"))
+    for call in (function, compiled, compiled, compiled):
+        np.testing.assert_array_equal(call(x), [5000.0] * 3)
 
 
 @pytest.mark.parametrize("function", [tg.max, tg.min])

@@ -15,6 +15,7 @@ from tapegrad._function.layout import is_of_plain_labels
 from tapegrad._function.lowering import Lowering, Place, lowers, meaning_of, static
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
+from tapegrad.linear import is_short
 from tapegrad.ops.elementwise import holds_nan
 
 
@@ -35,6 +36,8 @@ def _exponentials(b: Lowering, x: Place, axis: int, shifted: Place, p: Place, to
 @lowers("softmax")
 def _softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
+    if is_short(x.dtype):
+        return False
     axis = step.params["axis"]
     total = _one_of_each_row(b, x, axis)
     place = b.of(x)
@@ -47,6 +50,8 @@ def _softmax(b: Lowering, step: Step) -> bool:
 @lowers("log_softmax")
 def _log_softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
+    if is_short(x.dtype):
+        return False
     axis = step.params["axis"]
     total = _one_of_each_row(b, x, axis)
     spare = b.arena(x.shape, x.dtype)

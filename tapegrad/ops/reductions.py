@@ -10,6 +10,7 @@ import numpy as np
 
 from tapegrad._backend import Array, Module
 from tapegrad.linear import broadcast_to as _broadcast_to
+from tapegrad.linear import is_short, sum_over
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import logic
@@ -35,9 +36,18 @@ def spread(g: Tensor, x: Any, axes: tuple[int, ...]) -> Tensor:
 
 # ---- sums and what is made of them
 
+
+def _sum_forward(
+    xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool, dtype: Any
+) -> Array:
+    if is_short(x.dtype) and (dtype is None or dtype == x.dtype):
+        return sum_over(xp, x, axis, keepdims)
+    return xp.sum(x, axis=axis, keepdims=keepdims, dtype=dtype)
+
+
 _sum: Primitive = primitive(
     "sum",
-    lambda xp, x, *, axis, keepdims, dtype: xp.sum(x, axis=axis, keepdims=keepdims, dtype=dtype),
+    _sum_forward,
     lambda g, _y, _x, *, axis, keepdims, dtype: spread(g, _x, axis),
 )
 
@@ -262,7 +272,7 @@ _finite_max: Primitive = primitive("finite_max", _finite_max_forward, None)
 def _logsumexp_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool) -> Array:
     top = _finite_max_forward(xp, x, axis=axis)
     with np.errstate(divide="ignore", over="ignore"):  # log(0) where all elements are -inf
-        y = xp.log(xp.sum(xp.exp(x - top), axis=axis, keepdims=True)) + top
+        y = xp.log(sum_over(xp, xp.exp(x - top), axis, keepdims=True)) + top
     return y if keepdims else y.reshape([n for i, n in enumerate(x.shape) if i not in axis])
 
 
