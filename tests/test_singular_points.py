@@ -169,6 +169,8 @@ PAIRS = [  # name, function, x, y, value, d/dx, d/dy
     # Documented: the logarithm of a base that is not positive counts as 0.
     ("x ** y at (-2, 3)", tg.power, -2.0, 3.0, -8.0, 12.0, 0.0),
     ("atan2 at the origin", tg.atan2, 0.0, 0.0, 0.0, 0.0, 0.0),
+    ("atan2 near the origin", tg.atan2, 3e-200, 4e-200, math.atan(0.75), 0.16e200, -0.12e200),
+    ("atan2 far out", tg.atan2, 3e200, 4e200, math.atan(0.75), 0.16e-200, -0.12e-200),
     ("hypot at the origin", tg.hypot, 0.0, 0.0, 0.0, 0.0, 0.0),
     ("xlogy at (0, 0)", tg.xlogy, 0.0, 0.0, 0.0, 0.0, 0.0),
     ("xlogy at (0, 2)", tg.xlogy, 0.0, 2.0, 0.0, math.log(2), 0.0),
@@ -358,6 +360,42 @@ def test_16_bits_are_summed_in_float32(dtype, name, compiled):
     for _ in range(3 if compiled else 1):
         y = function(x).numpy()
     np.testing.assert_allclose(y.astype("f8"), value, rtol=2e-3 if dtype == "f2" else 1e-2)
+
+
+ACTIVATIONS = [
+    "leaky_relu",
+    "elu",
+    "selu",
+    "gelu",
+    "sigmoid",
+    "log_sigmoid",
+    "silu",
+    "tanh",
+    "softplus",
+    "softsign",
+    "softmax",
+    "log_softmax",
+]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i8", "?"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *[getattr(tg.nn, name) for name in ACTIVATIONS],
+        lambda x: tg.nn.gelu(x, approximate=True),
+        lambda x: tg.nn.sigmoid_cross_entropy(x, [0.25] * 3, reduction="none"),
+        tg.logsumexp,
+    ],
+    ids=[*ACTIVATIONS, "gelu_tanh", "sigmoid_cross_entropy", "logsumexp"],
+)
+def test_integers_are_taken_as_floating(function, dtype):
+    """The negative of 3 as uint8 is 253: its sigmoid would be 0."""
+    x = np.array({"?": [0, 1, 1], "u1": [3, 200, 255]}.get(dtype, [3, -128, 127]), dtype)
+    floating = "f8" if dtype == "i8" else "f4"
+    y, z = function(x), function(x.astype(floating))
+    assert y.dtype == z.dtype == floating
+    np.testing.assert_array_equal(y, z)
 
 
 def test_the_gradient_of_a_float16_layers_bias_too():

@@ -14,7 +14,7 @@ from tapegrad.linear import is_short, sum_over
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import logic
-from tapegrad.ops.arguments import as_tensor, normalize_axes, normalize_axis
+from tapegrad.ops.arguments import as_floating, as_tensor, normalize_axes, normalize_axis
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import ArrayLike, Tensor
 
@@ -91,7 +91,7 @@ def mean(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tenso
 
 
 def _in_float32(reduction: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
-    """Reduce float16 with all steps in float32: squares soon pass its largest number, 65504."""
+    """Reduce 16 bits with all steps in float32: squares soon pass float16's largest, 65504."""
     return ew.astype(reduction(ew.astype(x, np.float32), **options), x.dtype)
 
 
@@ -113,7 +113,7 @@ def var(
     tg.Tensor(1.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
-    if x.dtype == np.float16:
+    if is_short(x.dtype):
         return _in_float32(var, x, axis=axis, correction=correction, keepdims=keepdims)
     axes = normalize_axes("var", axis, x.ndim)
     deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
@@ -132,7 +132,7 @@ def std(
     tg.Tensor(1.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
-    if x.dtype == np.float16:
+    if is_short(x.dtype):
         return _in_float32(std, x, axis=axis, correction=correction, keepdims=keepdims)
     axes = normalize_axes("std", axis, x.ndim)
     deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
@@ -176,10 +176,8 @@ def norm(
     >>> print(tg.norm([3.0, 4.0]))
     tg.Tensor(5.0, shape=(), dtype=float32)
     """
-    x = as_tensor(x)
-    if x.dtype.kind != "f":
-        x = ew.astype(x, np.result_type(x.dtype, np.float32))
-    if x.dtype == np.float16:
+    x = as_floating(x)
+    if is_short(x.dtype):
         return _in_float32(norm, x, ord=ord, axis=axis, keepdims=keepdims)
     axes = normalize_axes("norm", axis, x.ndim)
     if ord == 2:
@@ -297,7 +295,7 @@ def logsumexp(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> 
     >>> print(f"{tg.logsumexp([1000.0, 1000.0]):.3f}")
     1000.693
     """
-    x = as_tensor(x)
+    x = as_floating(x)
     return _logsumexp(x, axis=normalize_axes("logsumexp", axis, x.ndim), keepdims=keepdims)
 
 
