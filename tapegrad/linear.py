@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array, Module
+from tapegrad._backend import Array, Module, is_short
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import Tensor
 
@@ -21,14 +21,6 @@ add: Primitive = primitive(
     lambda g, _y, _x1, _x2: g,
     lambda g, _y, _x1, _x2: g,
 )
-
-
-def is_short(dtype: np.dtype[Any]) -> bool:
-    """Tell whether floating numbers have 16 bits, and so are summed in float32.
-
-    NumPy would add them up as they are: in float16 2048 + 1 is 2048, in bfloat16 256 + 1 is 256.
-    """
-    return dtype.itemsize == 2 and dtype.kind in "fV"
 
 
 _add_reduce: Any = np.add.reduce  # in half the time of x.sum

@@ -339,6 +339,8 @@ SUMS = {  # of 5000 rows of 1, where the last axis is no longer than 3
     "bias": (bias_gradient, 5000.0),
     "bias of stacks": (lambda x: bias_gradient(x[:, None, :]), 5000.0),
     "spread": (lambda x: bias_gradient(x[None, :, :1])[:1], 1.0),
+    "lookups": (lambda x: bias_gradient(x, lambda x, row: x * row[None][[0] * 5000]), 5000.0),
+    "cumulative_sum": (lambda x: tg.cumulative_sum(x, axis=0)[-1], 5000.0),
     "softmax": (lambda x: tg.nn.softmax(x, axis=0), 1 / 5000),
     "log_softmax": (lambda x: tg.nn.log_softmax(x, axis=0), -math.log(5000)),
     "logsumexp": (lambda x: tg.logsumexp(x, axis=0), 1 + math.log(5000)),

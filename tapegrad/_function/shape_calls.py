@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array
+from tapegrad._backend import Array, is_short
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
 from tapegrad._index import SLOT
-from tapegrad.linear import by_product, is_short
+from tapegrad.linear import by_product
 from tapegrad.tape import Spec
 
 # ---- shapes: views, as long as what they show stays where it is

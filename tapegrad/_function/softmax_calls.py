@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array
+from tapegrad._backend import Array, is_short
 from tapegrad._blocks import for_rows, lanes, loss_rows
 from tapegrad._function.layout import is_of_plain_labels
 from tapegrad._function.lowering import Lowering, Place, lowers, meaning_of, static
 from tapegrad._function.program import Step, Value
 from tapegrad._host_memory import aligned
-from tapegrad.linear import is_short
 from tapegrad.ops.elementwise import holds_nan
 
 

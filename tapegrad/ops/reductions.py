@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array, Module
+from tapegrad._backend import Array, Module, is_short
 from tapegrad.linear import broadcast_to as _broadcast_to
-from tapegrad.linear import is_short, sum_over
 from tapegrad.linear import reshape as _reshape
+from tapegrad.linear import sum_over
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import logic
 from tapegrad.ops.arguments import as_floating, as_tensor, normalize_axes, normalize_axis
