@@ -148,7 +148,7 @@ def tensordot(
     (2, 5)
     """
     x1, x2 = as_tensor(x1), as_tensor(x2)
-    if isinstance(axes, int):
+    if isinstance(axes, (int, np.integer)):
         if not 0 <= axes <= min(x1.ndim, x2.ndim):
             raise ValueError(f"[tensordot] cannot sum over {axes} axes of {x1.shape}, {x2.shape}")
         axes = (range(x1.ndim - axes, x1.ndim), range(axes))

@@ -40,7 +40,7 @@ def spread(g: Tensor, x: Any, axes: tuple[int, ...]) -> Tensor:
 def _sum_forward(
     xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool, dtype: Any
 ) -> Array:
-    if is_short(x.dtype) and (dtype is None or dtype == x.dtype):
+    if xp is np and is_short(x.dtype) and (dtype is None or dtype == x.dtype):
         return sum_over(xp, x, axis, keepdims)
     return xp.sum(x, axis=axis, keepdims=keepdims, dtype=dtype)
 
