@@ -366,6 +366,14 @@ def concatenated(xp: Module, arrays: Sequence[Array], axis: int = 0) -> Array:
     return xp.concatenate(arrays, axis=axis)
 
 
+def is_short(dtype: np.dtype[Any]) -> bool:
+    """Tell whether floating numbers have 16 bits, and so are summed in float32.
+
+    NumPy would add them up as they are: in float16 2048 + 1 is 2048, in bfloat16 256 + 1 is 256.
+    """
+    return dtype.itemsize == 2 and dtype.kind in "fV"
+
+
 def scatter_add(xp: Module, values: Array, index: Array, rows: int) -> Array:
     """Return an array of `rows` rows in which row index[i] is the sum of the values[i].
 
@@ -373,10 +381,11 @@ def scatter_add(xp: Module, values: Array, index: Array, rows: int) -> Array:
     order changes the last bits from run to run, so there equal indices are brought together by
     a stable sort and summed by doubling strides (log2(n) passes, no atomics).
     """
-    out = xp.zeros((rows, *values.shape[1:]), values.dtype)
+    short = xp is np and is_short(values.dtype)
+    out = xp.zeros((rows, *values.shape[1:]), np.float32 if short else values.dtype)
     if xp is np:
         np.add.at(out, index, values)
-        return out
+        return out.astype(values.dtype, copy=False)
     if index.size == 0:
         return out
     order = xp.argsort(index, kind="stable")

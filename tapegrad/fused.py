@@ -24,6 +24,7 @@ from tapegrad.kernels import linear_relu as linear_kernels
 from tapegrad.kernels import softmax_cross_entropy as loss_kernels
 from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
+from tapegrad.linear import sum_over
 from tapegrad.linear import sum_to as _sum_to
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, linear_algebra, logic, reductions
@@ -169,7 +170,7 @@ linear_relu_grad: MultiPrimitive = multi_primitive(
 
 def _softmax_forward(xp: Module, x: Array, *, axis: int) -> Array:
     y = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
-    y /= xp.sum(y, axis=axis, keepdims=True)
+    y /= sum_over(xp, y, axis, keepdims=True)
     return y
 
 
@@ -189,7 +190,7 @@ softmax: Primitive = primitive(
 
 def _log_softmax_forward(xp: Module, x: Array, *, axis: int) -> Array:
     shifted = x - xp.max(x, axis=axis, keepdims=True)
-    shifted -= xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))
+    shifted -= xp.log(sum_over(xp, xp.exp(shifted), axis, keepdims=True))
     return shifted
 
 
@@ -211,7 +212,7 @@ def _shifted(xp: Module, logits: Array) -> tuple[Array, Array, Array]:
     top = xp.where(top == -math.inf, top.dtype.type(0), top)  # all masked: log(0), not NaN
     shifted = logits - top
     exponentials = xp.exp(shifted)
-    return shifted, exponentials, xp.sum(exponentials, axis=1, keepdims=True)
+    return shifted, exponentials, sum_over(xp, exponentials, 1, keepdims=True)
 
 
 def _plain_label_loss(
@@ -248,7 +249,7 @@ def _plain_rows(
     chosen = np.add(labels, _row_starts(*logits.shape), dtype=np.int64)  # of uint64 too
     picked = p.take(chosen)
     np.exp(p, p)
-    total = np.add.reduce(p, 1, keepdims=True)
+    total = sum_over(np, p, 1, keepdims=True)
     if ew.holds_nan(total):  # of a row with a NaN, or of -inf alone: as the long way says
         return None
     loss = np.log(total).reshape(-1) - picked
@@ -332,7 +333,7 @@ def _label_loss(
         log_total = xp.log(total)[:, 0]
     loss = log_total - (1 - s) * shifted[rows, column]
     if s:
-        loss = loss - s / classes * xp.sum(shifted, axis=1)
+        loss = loss - s / classes * sum_over(xp, shifted, 1)
     zero, nan = loss.dtype.type(0), loss.dtype.type(math.nan)
     loss = xp.where(used, xp.where(known, loss, nan), zero)
     if not with_grad:
@@ -411,8 +412,7 @@ def _mean_label_loss(
 ) -> tuple[Array, Array]:
     share = logits.dtype.type(1) / len(logits)
     loss, gradient = _label_loss(xp, logits, labels, **options, with_grad=True, share=share)
-    total = np.add.reduce(loss) if xp is np else loss.sum()  # half the time
-    return total / len(loss), gradient
+    return sum_over(xp, loss, 0) / len(loss), gradient
 
 
 def _mean_label_kernel(
@@ -469,10 +469,10 @@ def _probability_loss(
         terms = targets * (xp.log(total) - shifted)
         # A target of 0 counts nothing, also where the logit is -inf.
         terms = xp.where(targets == 0, terms.dtype.type(0), terms)
-    loss = xp.sum(terms, axis=1)
+    loss = sum_over(xp, terms, 1)
     if not with_grad:
         return loss, None
-    return loss, p * (xp.sum(targets, axis=1, keepdims=True) / total) - targets
+    return loss, p * (sum_over(xp, targets, 1, keepdims=True) / total) - targets
 
 
 def _probability_vjp(

@@ -119,7 +119,8 @@ def categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     >>> print(tg.metrics.categorical_accuracy([[0.0, 1.0]], [[0.1, 0.9]]))
     tg.Tensor([1.], shape=(1,), dtype=float32)
     """
-    return sparse_categorical_accuracy(reductions.argmax(as_tensor(y_true), axis=-1), y_pred)
+    t, p = pair("categorical_accuracy", y_true, y_pred)
+    return sparse_categorical_accuracy(reductions.argmax(t, axis=-1), p)
 
 
 def binary_accuracy(y_true: ArrayLike, y_pred: ArrayLike, threshold: float = 0.5) -> Tensor:

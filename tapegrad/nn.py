@@ -11,7 +11,7 @@ from tapegrad.formulas import formulas
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import indexing, linear_algebra, logic, reductions
-from tapegrad.ops.arguments import as_tensor, normalize_axis
+from tapegrad.ops.arguments import as_floating, as_tensor, normalize_axis
 from tapegrad.primitive import Primitive
 from tapegrad.random import Generator, default_generator
 from tapegrad.tensor import ArrayLike, Tensor
@@ -43,7 +43,7 @@ def leaky_relu(x: ArrayLike, /, alpha: float = 0.2) -> Tensor:
     >>> print(tg.nn.leaky_relu([-1.0, 2.0]))
     tg.Tensor([-0.2  2. ], shape=(2,), dtype=float32)
     """
-    return _with_alpha(activations.leaky_relu, x, alpha)
+    return _with_alpha(activations.leaky_relu, as_floating(x), alpha)
 
 
 def elu(x: ArrayLike, /, alpha: float = 1.0) -> Tensor:
@@ -52,13 +52,13 @@ def elu(x: ArrayLike, /, alpha: float = 1.0) -> Tensor:
     >>> print(tg.nn.elu([0.0, 2.0]))
     tg.Tensor([0. 2.], shape=(2,), dtype=float32)
     """
-    return _with_alpha(activations.elu, x, alpha)
+    return _with_alpha(activations.elu, as_floating(x), alpha)
 
 
-def _with_alpha(function: Primitive, x: Any, alpha: Any) -> Tensor:
+def _with_alpha(function: Primitive, x: Tensor, alpha: Any) -> Tensor:
     if isinstance(alpha, (float, int)):
         return function(x, alpha=float(alpha))
-    y: Tensor = formulas[function.name].of_tensors(as_tensor(x), alpha=alpha)
+    y: Tensor = formulas[function.name].of_tensors(x, alpha=alpha)
     return y
 
 
@@ -70,7 +70,7 @@ def selu(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.selu([0.0, 1.0]))
     tg.Tensor([0.       1.050701], shape=(2,), dtype=float32)
     """
-    return activations.selu(x)
+    return activations.selu(as_floating(x))
 
 
 def gelu(x: ArrayLike, /, approximate: bool = False) -> Tensor:
@@ -81,7 +81,7 @@ def gelu(x: ArrayLike, /, approximate: bool = False) -> Tensor:
     >>> print(tg.nn.gelu([0.0, 10.0]))
     tg.Tensor([ 0. 10.], shape=(2,), dtype=float32)
     """
-    return (activations.gelu_tanh if approximate else activations.gelu)(x)[0]
+    return (activations.gelu_tanh if approximate else activations.gelu)(as_floating(x))[0]
 
 
 def sigmoid(x: ArrayLike, /) -> Tensor:
@@ -90,7 +90,7 @@ def sigmoid(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.sigmoid([-1000.0, 0.0]))
     tg.Tensor([0.  0.5], shape=(2,), dtype=float32)
     """
-    return activations.sigmoid(x)
+    return activations.sigmoid(as_floating(x))
 
 
 def log_sigmoid(x: ArrayLike, /) -> Tensor:
@@ -99,7 +99,7 @@ def log_sigmoid(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.log_sigmoid([-1000.0]))
     tg.Tensor([-1000.], shape=(1,), dtype=float32)
     """
-    return activations.log_sigmoid(x)
+    return activations.log_sigmoid(as_floating(x))
 
 
 def silu(x: ArrayLike, /) -> Tensor:
@@ -108,7 +108,7 @@ def silu(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.silu([0.0]))
     tg.Tensor([0.], shape=(1,), dtype=float32)
     """
-    return activations.silu(x)[0]
+    return activations.silu(as_floating(x))[0]
 
 
 def tanh(x: ArrayLike, /) -> Tensor:
@@ -117,7 +117,7 @@ def tanh(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.tanh([0.0]))
     tg.Tensor([0.], shape=(1,), dtype=float32)
     """
-    return ew.tanh(x)
+    return ew.tanh(as_floating(x))
 
 
 def softplus(x: ArrayLike, /) -> Tensor:
@@ -126,7 +126,7 @@ def softplus(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.softplus([1000.0]))
     tg.Tensor([1000.], shape=(1,), dtype=float32)
     """
-    return activations.softplus(x)
+    return activations.softplus(as_floating(x))
 
 
 def softsign(x: ArrayLike, /) -> Tensor:
@@ -135,7 +135,7 @@ def softsign(x: ArrayLike, /) -> Tensor:
     >>> print(tg.nn.softsign([1.0]))
     tg.Tensor([0.5], shape=(1,), dtype=float32)
     """
-    return activations.softsign(x)
+    return activations.softsign(as_floating(x))
 
 
 def softmax(x: ArrayLike, /, axis: int = -1) -> Tensor:
@@ -146,7 +146,7 @@ def softmax(x: ArrayLike, /, axis: int = -1) -> Tensor:
     >>> print(tg.nn.softmax([1.0, 1.0]))
     tg.Tensor([0.5 0.5], shape=(2,), dtype=float32)
     """
-    x = as_tensor(x)
+    x = as_floating(x)
     return fused.softmax(x, axis=normalize_axis("softmax", axis, x.ndim))
 
 
@@ -158,7 +158,7 @@ def log_softmax(x: ArrayLike, /, axis: int = -1) -> Tensor:
     >>> print(tg.nn.log_softmax([1000.0, 0.0]))
     tg.Tensor([    0. -1000.], shape=(2,), dtype=float32)
     """
-    x = as_tensor(x)
+    x = as_floating(x)
     return fused.log_softmax(x, axis=normalize_axis("log_softmax", axis, x.ndim))
 
 
@@ -212,7 +212,7 @@ def _linear(name: str, fusion: Any, x: Any, weight: Any, bias: Any) -> Tensor:
         raise ValueError(
             f"[{name}] x must be (..., i) and weight (i, o), got shapes {shape}, {of_weight}"
         )
-    rows = x if len(shape) == 2 else _reshape(x, shape=(x.size // shape[-1], shape[-1]))
+    rows = x if len(shape) == 2 else _reshape(x, shape=(math.prod(shape[:-1]), shape[-1]))
     if bias is None:
         y = linear_algebra.matmul(rows, weight)
         y = relu(y) if fusion is fused.linear_relu else y
@@ -365,7 +365,7 @@ def sigmoid_cross_entropy(
     >>> print(tg.nn.sigmoid_cross_entropy([0.0], [1.0]))
     tg.Tensor(0.6931472, shape=(), dtype=float32)
     """
-    x, t = as_tensor(logits), as_tensor(targets)
+    x, t = as_floating(logits), as_tensor(targets)
     if x.shape != t.shape:
         raise ValueError(
             f"[sigmoid_cross_entropy] logits and targets must have one shape, "

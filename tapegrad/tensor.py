@@ -364,7 +364,9 @@ def _as_numpy(value: Any, dtype: Any) -> np.ndarray[Any, Any]:
         raise ValueError(f"the nested list is ragged or holds unlike things: {error}") from None
     _check_dtype(values.dtype, value)
     if dtype is not None:
-        return values.astype(dtype)
+        # Not astype for integers: of 300 it makes the int8 44 without a word.
+        integers = np.dtype(dtype).kind in "iu"
+        return np.array(value, dtype) if integers else values.astype(dtype)
     if values.dtype == np.float64 and _is_python_number_tree(value):
         return values.astype(DEFAULT_FLOAT)
     return values

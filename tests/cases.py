@@ -544,6 +544,8 @@ row(tg.sum, lambda x: np.sum(x, -1), RANK1, ANY, label="dtype", lacks=NO_0D, dty
     call=lambda x: tg.sum(x, axis=-1, dtype=tg.float64))  # fmt: skip
 row(tg.mean, lambda x: np.sum(x, 0) / len(x), over(RANK1, 0), integers(-9, 9), label="int",
     call=lambda x: tg.mean(x, axis=0), lacks=NO_0D)  # fmt: skip
+row(tg.mean, lambda x: np.mean(x, 0, dtype=np.float64), over(RANK1, 0), integers(2**62, 2**63 - 1),
+    label="large-int", call=lambda x: tg.mean(x, axis=0), lacks=NO_0D)  # fmt: skip
 for function, reference in [(tg.var, np.var), (tg.std, np.std)]:
     several = each((3, 1), (2, 5), (5,), (3, 0), (4, 1, 3))
     row(function, partial(reference, axis=0, ddof=1), several, distinct, label="correction",
@@ -1040,7 +1042,7 @@ row(tg.vecdot, lambda a, b: np.sum(a * b, -2), (((3, 2), (3, 1)), ((2, 5, 1), (1
     lacks=NO_0D)  # fmt: skip
 for axes, shapes in [
     (0, (((), ()), ((3,), (1, 2)), ((0,), (3,)))),
-    (1, (((2, 3), (3, 5)), ((1, 3), (3,)), ((2, 0), (0, 3)))),
+    (np.int64(1), (((2, 3), (3, 5)), ((1, 3), (3,)), ((2, 0), (0, 3)))),
     (2, (((2, 3, 5), (3, 5, 2)), ((1, 3), (1, 3)), ((2, 3, 0), (3, 0)))),
     (((0, 2), (1, 0)), (((2, 3, 5), (5, 2)), ((1, 4, 3), (3, 1, 2)), ((2, 0, 3), (3, 2)))),
     ((-1, 0), (((2, 3), (3, 5)), ((1, 3), (3, 1)), ((0, 3), (3, 2)))),
@@ -1075,6 +1077,8 @@ for subscripts, shapes in [
         (((2, 3), (3, 5), (5, 2)), ((1, 3), (3, 1), (1, 2)), ((0, 3), (3, 2), (2, 1))),
     ),
     ("i,i,i->i", (((3,),) * 3, ((1,),) * 3, ((0,),) * 3)),
+    ("i,i->", (((1,), (3,)), ((3,), (1,)), ((1,), (0,)))),
+    ("ij,jk,k->i", (((2, 1), (3, 5), (1,)), ((1, 3), (1, 1), (4,)), ((2, 1), (0, 3), (1,)))),
     (",ij->ij", (((), (3, 5)), ((), (1, 2)), ((), (0, 3)))),
 ]:
     row(
@@ -1136,12 +1140,18 @@ row(
 )
 row(
     tg.linspace,
-    lambda: [np.array([0, 0.25, 0.5, 0.75, 1], F32), np.array([2.0, 1.5]), np.empty(0, F32)],
+    lambda: [
+        np.array([0, 0.25, 0.5, 0.75, 1], F32),
+        np.array([2.0, 1.5]),
+        np.empty(0, F32),
+        np.array([-5, -2, 1, 5], np.int32),
+    ],
     ((),),
     call=lambda: [
         tg.linspace(0, 1, 5),
         tg.linspace(2.0, 1.0, 2, endpoint=False, dtype=tg.float64),
         tg.linspace(0, 1, 0),
+        tg.linspace(-5, 5, 4, dtype=tg.int32),
     ],
     lacks=KINDS,
 )
@@ -1742,6 +1752,9 @@ refuses(tg.pad, ValueError, "NAME widths must be a number", lambda: tg.pad(X, (1
 refuses(tg.pad, ValueError, "NAME widths must be integers >= 0",
         lambda: tg.pad(X, -1), lambda: tg.pad(X, 0.5))  # fmt: skip
 refuses(tg.pad, ValueError, r"NAME.*empty", lambda: tg.pad(EMPTY, 1, mode="edge"))
+refuses(tg.pad, TypeError, "NAME value must be a number, got",
+        lambda: tg.pad(X, ((1, 1), (0, 0)), value=(1.0, 2.0, 3.0)),
+        lambda: tg.pad(X, 1, value=tg.constant(1.0)))  # fmt: skip
 
 Y = tg.constant(X)
 refuses(tg.getitem, IndexError, "NAME an index is an integer", lambda: Y[0.5], lambda: Y[[0.5]])
@@ -1785,6 +1798,8 @@ refuses(tg.einsum, ValueError, "NAME the output of", lambda: tg.einsum("ij->ii",
         lambda: tg.einsum("ij->k", X))  # fmt: skip
 refuses(tg.einsum, ValueError, "NAME subscripts are letters", lambda: tg.einsum("i1", X))
 refuses(tg.einsum, ValueError, "NAME", lambda: tg.einsum("ij,ij->i", X, X.T))
+refuses(tg.einsum, ValueError, r"NAME 'i' has two lengths in 'ii', of shape \(1, 3\)",
+        lambda: tg.einsum("ii->i", X[:1]), lambda: tg.einsum("ii", X[:1]))  # fmt: skip
 refuses(tg.diagonal, ValueError, "NAME axis1 and axis2", lambda: tg.diagonal(X, axis1=1))
 refuses(tg.diagonal, ValueError, "NAME axis 2 is out of", lambda: tg.diagonal(X, axis1=2))
 

@@ -311,6 +311,12 @@ def test_with_kernels(n, dtype, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
+def test_a_linear_map_of_nothing_is_its_bias(lead):
+    y = tg.nn.linear(tg.zeros((*lead, 0)), tg.zeros((0, 2)), [1.0, 2.0])
+    np.testing.assert_array_equal(y, np.broadcast_to([1.0, 2.0], (*lead, 2)))
+
+
 def test_kernels_decline_what_they_were_not_written_for(monkeypatch):
     transposed = normal(4, 6, dtype="float32").T
     labels = np.zeros(6, np.int64)

@@ -704,7 +704,18 @@ def test_the_accuracy_that_fits_the_shapes():
     [
         (metrics.sparse_categorical_accuracy, [0, 1, 2], np.ones((2, 3)), r"\(2,\), got \(3,\)"),
         (metrics.sparse_categorical_accuracy, [[0, 1]], np.ones((2, 3)), r"have shape \(2,\)"),
-        (metrics.categorical_accuracy, np.ones((3, 2)), np.ones((2, 2)), r"have shape \(2,\)"),
+        (
+            metrics.categorical_accuracy,
+            np.ones((3, 2)),
+            np.ones((2, 2)),
+            r"one shape, got \(3, 2\)",
+        ),
+        (
+            metrics.categorical_accuracy,
+            np.ones((2, 3)),
+            np.ones((2, 2)),
+            r"one shape, got \(2, 3\)",
+        ),
         (metrics.binary_accuracy, np.ones(3), np.ones(2), r"one shape, got \(3,\) and \(2,\)"),
         (metrics.top_k_accuracy, [0, 1], np.ones((2, 3)), r"k\b.*\b5"),  # of three classes
     ],

@@ -131,11 +131,22 @@ FUNCTIONS = [
     "np.max(x, axis=0)",
     "np.min(x, axis=1)",
     "np.linalg.norm(x)",
+    "np.linalg.norm(x, None)",
+    "np.linalg.norm(x, 'fro')",
+    "np.linalg.norm(x[None], axis=(1, 2), keepdims=True)",
+    "np.linalg.norm(x, 1, axis=0)",
+    "np.linalg.norm(x[0], np.inf)",
+    "np.linalg.norm(x, axis=1, ord=3)",
     "np.cumsum(x)",
     "np.cumsum(x, axis=1) ** 2",
     "np.cumprod(x)",
     "np.cumprod(x, axis=0)",
     "np.dot(x, B)",
+    "np.dot(x, 2.0) ** 2",
+    "np.dot(A[0, 0], x) ** 2",
+    "np.dot(x, np.stack([B, B])) ** 2",
+    "np.dot(np.stack([B, B]), x) ** 2",
+    "x.dot(np.stack([B, B])) ** 2",
     "np.matmul(x, B)",
     "np.matmul(B, x)",
     "np.outer(x[0], x[1]) ** 2",
@@ -144,6 +155,8 @@ FUNCTIONS = [
     "np.einsum('ij,jk->ik', x, B) ** 2",
     "np.diagonal(x) ** 2",
     "np.trace(x) ** 2",
+    "np.trace(np.stack([x, A])) ** 2",
+    "np.trace(np.stack([x, A]), 1, 2, 1) ** 2",
     "np.tril(x) ** 2",
     "np.triu(x, 1) ** 2",
     "np.where(A > 0.5, x, 0.0) ** 2",
@@ -249,6 +262,11 @@ WITHOUT_RULE = {
     "add.reduceat": lambda x: np.add.reduceat(x, [0, 1]),
     "subtract.reduce": np.subtract.reduce,
     "exp with dtype": lambda x: np.exp(x, dtype=np.float64),
+    "norm of a matrix": lambda x: np.linalg.norm(x, 2),
+    "norm of matrices": lambda x: np.linalg.norm(x, 1, axis=(0, 1)),
+    "norm by singular values": lambda x: np.linalg.norm(x, "nuc"),
+    "pad with several values": lambda x: np.pad(x, ((1, 1), (0, 0)), constant_values=(5.0, 6.0)),
+    "einsum with lists": lambda x: np.einsum(x, [0, 1], [1]),
     "sum with where": lambda x: np.sum(x, where=SQUARE > 1.5),
     "sum with initial": lambda x: np.sum(x, initial=5.0),
     "add.reduce with initial": lambda x: np.add.reduce(x, initial=5.0),
@@ -302,6 +320,7 @@ def test_facts_never_raise():
         assert not np.isclose(x, 2.0).all()
         assert np.result_type(x, np.float32) == "float64"
         assert np.count_nonzero(x) == 4
+        assert [i.tolist() for i in np.where(x > 2.5)] == [[1], [1]]
         assert "2." in np.array2string(x)
 
 

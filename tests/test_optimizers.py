@@ -1214,6 +1214,17 @@ def test_wrong_limits_and_scales(name):
     assert float(getattr(optimizers.Adam(**{name: 2.0}), name)) == 2.0
 
 
+def test_momentum_cannot_be_had_later():
+    """There is nothing that would keep the velocity."""
+    with pytest.raises(AttributeError, match="SGD was made without momentum: give it there"):
+        optimizers.SGD().momentum = 0.9
+    with pytest.raises(AttributeError, match="no attribute 'momentum'"):
+        optimizers.SGD().momentum.assign(0.9)
+    optimizer = optimizers.SGD(momentum=0.5)
+    optimizer.momentum = 0.0
+    assert float(optimizer.momentum) == 0.0
+
+
 def test_averages_in_16_bits_have_room_for_large_gradients():
     variable = tg.Variable(np.ones(3, np.float16))
     optimizer = tg.optimizers.Adam(0.25)

@@ -7,6 +7,7 @@ zero upstream gradient gives zero, whatever the derivative.
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -168,6 +169,8 @@ PAIRS = [  # name, function, x, y, value, d/dx, d/dy
     # Documented: the logarithm of a base that is not positive counts as 0.
     ("x ** y at (-2, 3)", tg.power, -2.0, 3.0, -8.0, 12.0, 0.0),
     ("atan2 at the origin", tg.atan2, 0.0, 0.0, 0.0, 0.0, 0.0),
+    ("atan2 near the origin", tg.atan2, 3e-200, 4e-200, math.atan(0.75), 0.16e200, -0.12e200),
+    ("atan2 far out", tg.atan2, 3e200, 4e200, math.atan(0.75), 0.16e-200, -0.12e-200),
     ("hypot at the origin", tg.hypot, 0.0, 0.0, 0.0, 0.0, 0.0),
     ("xlogy at (0, 0)", tg.xlogy, 0.0, 0.0, 0.0, 0.0, 0.0),
     ("xlogy at (0, 2)", tg.xlogy, 0.0, 2.0, 0.0, math.log(2), 0.0),
@@ -255,6 +258,9 @@ VECTORS = [  # name, function, x, value, gradient
     ("norm of order 3 on an axis", lambda x: tg.norm(x, ord=3), [0.0, -2.0], 2.0, [0.0, -1.0]),
     ("norm of order 1.5", lambda x: tg.norm(x, ord=1.5), [0.0, 4.0], 4.0, [0.0, 1.0]),
     ("sqrt of a sum at the origin", lambda x: tg.sqrt(tg.sum(x * x)), [0.0, 0.0], 0.0, [NAN, NAN]),
+    ("norm of order 0.5 with a 0", lambda x: tg.norm(x, ord=0.5), [0.0, 4.0, 9.0], 25.0,
+     [0.0, 2.5, 5 / 3]),
+    ("norm of order 0.5 at 0", lambda x: tg.norm(x, ord=0.5), [0.0, 0.0], 0.0, [0.0, 0.0]),
     ("std of equal values", tg.std, [2.0, 2.0, 2.0], 0.0, [0.0, 0.0, 0.0]),
     ("var of equal values", tg.var, [2.0, 2.0, 2.0], 0.0, [0.0, 0.0, 0.0]),
     ("prod, one zero", tg.prod, [0.0, 2.0, 3.0], 0.0, [6.0, 0.0, 0.0]),
@@ -285,6 +291,123 @@ def test_vectors(function, x, value, slopes):
     y, (dx,) = value_and_gradients(function, x)
     np.testing.assert_allclose(y, value, rtol=1e-15)
     np.testing.assert_allclose(dx, slopes, rtol=1e-12)  # see test_pairs
+
+
+@pytest.mark.parametrize("correction", [2, 3])
+def test_var_and_std_with_no_degree_of_freedom_left(correction):
+    """As NumPy: the divisor is 0 then, never negative."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for function in (tg.var, tg.std):
+            assert function([1.0, 2.0], correction=correction) == INF
+            assert math.isnan(function([2.0, 2.0], correction=correction))
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_float16_is_squared_and_summed_in_float32(keepdims):
+    """300**2 is above its largest number, 65504, and so is the sum of 700 times 10**2."""
+    far, many = np.float16([300.0, -400.0]), np.tile(np.float16([10.0, -10.0]), 350)
+    for function, x, value, slopes in [
+        (tg.norm, far, 500.0, [0.6, -0.8]),
+        (tg.std, far, 350.0, [0.5, -0.5]),
+        (tg.var, many, 100.0, many / np.float32(350)),
+        (tg.std, many, 10.0, many / np.float32(7000)),
+        (lambda x, **o: tg.norm(x, ord=3, **o), far, 91e6 ** (1 / 3),
+         [9e4 / 91e6 ** (2 / 3), -16e4 / 91e6 ** (2 / 3)]),
+    ]:  # fmt: skip
+        v = tg.Variable(x)
+        with tg.GradientTape() as tape:
+            y = function(v, keepdims=keepdims)
+        dx = tape.gradient(y, v)
+        assert y.dtype == dx.dtype == tg.float16
+        np.testing.assert_allclose(y, np.reshape(value, y.shape), rtol=1e-3)
+        np.testing.assert_allclose(dx, slopes, rtol=1e-3)
+
+
+def bias_gradient(x, layer=tg.add):
+    bias = tg.zeros(x.shape[1:], dtype=x.dtype)
+    with tg.GradientTape() as tape:
+        tape.watch(bias)
+        y = layer(x, bias)
+    return tape.gradient(y, bias)
+
+
+SUMS = {  # of 5000 rows of 1, where the last axis is no longer than 3
+    "sum": (tg.sum, 15000.0),
+    "sum over rows": (lambda x: tg.sum(x, axis=0), 5000.0),
+    "sum in its own type": (lambda x: tg.sum(x, axis=0, dtype=x.dtype), 5000.0),
+    "mean over rows": (lambda x: tg.mean(x, axis=0), 1.0),
+    "bias": (bias_gradient, 5000.0),
+    "bias of stacks": (lambda x: bias_gradient(x[:, None, :]), 5000.0),
+    "spread": (lambda x: bias_gradient(x[None, :, :1])[:1], 1.0),
+    "lookups": (lambda x: bias_gradient(x, lambda x, row: x * row[None][[0] * 5000]), 5000.0),
+    "cumulative_sum": (lambda x: tg.cumulative_sum(x, axis=0)[-1], 5000.0),
+    "softmax": (lambda x: tg.nn.softmax(x, axis=0), 1 / 5000),
+    "log_softmax": (lambda x: tg.nn.log_softmax(x, axis=0), -math.log(5000)),
+    "logsumexp": (lambda x: tg.logsumexp(x, axis=0), 1 + math.log(5000)),
+    "cross-entropy": (lambda x: tg.nn.softmax_cross_entropy(x.T, [0, 1, 2]), math.log(5000)),
+    "smoothed": (lambda x: tg.nn.softmax_cross_entropy(x.T, [0, 1, 2], label_smoothing=0.5),
+                 math.log(5000)),
+    "of targets": (lambda x: tg.nn.softmax_cross_entropy(x.T, x.T / 5000), math.log(5000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_16_bits_are_summed_in_float32(dtype, name, compiled):
+    """In float16 2048 + 1 is 2048, in bfloat16 256 + 1 is 256: where NumPy adds row by row."""
+    function, value = SUMS[name]
+    function = tg.function(function) if compiled else function
+    x = tg.constant(np.ones((5000, 3), dtype))
+    for _ in range(3 if compiled else 1):
+        y = function(x).numpy()
+    np.testing.assert_allclose(y.astype("f8"), value, rtol=2e-3 if dtype == "f2" else 1e-2)
+
+
+ACTIVATIONS = [
+    "leaky_relu",
+    "elu",
+    "selu",
+    "gelu",
+    "sigmoid",
+    "log_sigmoid",
+    "silu",
+    "tanh",
+    "softplus",
+    "softsign",
+    "softmax",
+    "log_softmax",
+]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i8", "?"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *[getattr(tg.nn, name) for name in ACTIVATIONS],
+        lambda x: tg.nn.gelu(x, approximate=True),
+        lambda x: tg.nn.sigmoid_cross_entropy(x, [0.25] * 3, reduction="none"),
+        tg.logsumexp,
+    ],
+    ids=[*ACTIVATIONS, "gelu_tanh", "sigmoid_cross_entropy", "logsumexp"],
+)
+def test_integers_are_taken_as_floating(function, dtype):
+    """The negative of 3 as uint8 is 253: its sigmoid would be 0."""
+    x = np.array({"?": [0, 1, 1], "u1": [3, 200, 255]}.get(dtype, [3, -128, 127]), dtype)
+    floating = "f8" if dtype == "i8" else "f4"
+    y, z = function(x), function(x.astype(floating))
+    assert y.dtype == z.dtype == floating
+    np.testing.assert_array_equal(y, z)
+
+
+def test_the_gradient_of_a_float16_layers_bias_too():
+    def function(x):
+        return bias_gradient(x, lambda x, b: tg.nn.linear_relu(x, tg.ones_like(x[:3]), b))
+
+    compiled = tg.function(function)
+    x = tg.constant(np.ones((5000, 3), "f2"))
+    for call in (function, compiled, compiled, compiled):
+        np.testing.assert_array_equal(call(x), [5000.0] * 3)
 
 
 @pytest.mark.parametrize("function", [tg.max, tg.min])
@@ -577,6 +700,16 @@ def test_products_of_matrices_keep_what_is_not_finite(shape, dtype):
         left = zero + np.array(bad, dtype)
         assert np.isnan((tg.constant(zero) @ (one * np.array(bad, dtype))).numpy()).all()
         assert np.isnan((tg.constant(left) @ (one * 0)).numpy()).all()
+
+
+@pytest.mark.parametrize("other", [INF, -INF, NAN])
+def test_where_chooses_between_numbers_that_are_not_finite(other):
+    condition = np.array([True, False])
+    for number in (2, 2.0):
+        y, z = tg.where(condition, number, other), tg.where(condition, other, number)
+        np.testing.assert_array_equal(y, [2.0, other])
+        np.testing.assert_array_equal(z, [other, 2.0])
+        assert y.dtype == z.dtype == tg.float32
 
 
 def test_a_nan_that_matters_is_not_hidden():

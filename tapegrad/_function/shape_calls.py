@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array
+from tapegrad._backend import Array, is_short
 from tapegrad._function.lowering import Lowering, Place, lowers, static
 from tapegrad._function.program import Step, Value
 from tapegrad._index import SLOT
@@ -174,6 +174,8 @@ _REDUCTIONS = {"sum": "add", "max": "maximum", "min": "minimum"}
 def _reduction(b: Lowering, step: Step) -> bool:
     x, y = step.inputs[0], step.outputs[0]
     axis, keepdims = step.params["axis"], step.params["keepdims"]
+    if step.name == "sum" and is_short(x.dtype):
+        return False
     place = b.of(x)
     name = f"{_REDUCTIONS[step.name]}_reduce"
     dtype = step.params.get("dtype")
@@ -196,6 +198,8 @@ def _sum_to(b: Lowering, step: Step) -> bool:
     if b.pair_of_bias(y) is not None:
         b.set(y, b.destinations[y])
         return True
+    if is_short(x.dtype):
+        return False
     place = b.of(x)
     if stretched == (0,) and len(x.shape) == 2:
         return sum_rows(b, step, place, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array
+from tapegrad._backend import Array, is_short
 from tapegrad._blocks import for_rows, lanes, loss_rows
 from tapegrad._function.layout import is_of_plain_labels
 from tapegrad._function.lowering import Lowering, Place, lowers, meaning_of, static
@@ -35,6 +35,8 @@ def _exponentials(b: Lowering, x: Place, axis: int, shifted: Place, p: Place, to
 @lowers("softmax")
 def _softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
+    if is_short(x.dtype):
+        return False
     axis = step.params["axis"]
     total = _one_of_each_row(b, x, axis)
     place = b.of(x)
@@ -47,6 +49,8 @@ def _softmax(b: Lowering, step: Step) -> bool:
 @lowers("log_softmax")
 def _log_softmax(b: Lowering, step: Step) -> bool:
     x = step.inputs[0]
+    if is_short(x.dtype):
+        return False
     axis = step.params["axis"]
     total = _one_of_each_row(b, x, axis)
     spare = b.arena(x.shape, x.dtype)

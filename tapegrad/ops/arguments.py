@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tapegrad.linear import cast
 from tapegrad.tensor import ArrayLike, Operand, Tensor
 
 
@@ -16,6 +17,14 @@ def as_tensor(x: ArrayLike) -> Tensor:
     if type(x) is Tensor:
         return x
     return x._read() if isinstance(x, Operand) else Tensor(x)
+
+
+def as_floating(x: ArrayLike) -> Tensor:
+    """Return a Tensor as it is, but integers as floats: negated, unsigned ones would wrap."""
+    x = as_tensor(x)
+    if x._array.dtype.kind in "biu":
+        return cast(x, dtype=np.result_type(x._array.dtype, np.float32))
+    return x
 
 
 def normalize_axis(name: str, axis: Any, ndim: int) -> int:

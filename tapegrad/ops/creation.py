@@ -145,11 +145,13 @@ def linspace(
 ) -> Tensor:
     """Return `num` evenly spaced numbers from start to stop, with stop itself unless told not to.
 
+    An integer type gets their floors, as with NumPy.
+
     >>> print(tg.linspace(0.0, 1.0, 3))
     tg.Tensor([0.  0.5 1. ], shape=(3,), dtype=float32)
     """
     xp = _backend.default_module()
-    return wrap(xp.linspace(start, stop, num, endpoint=endpoint).astype(dtype))
+    return wrap(xp.linspace(start, stop, num, endpoint=endpoint, dtype=dtype))
 
 
 _transfer: Primitive = primitive(

@@ -525,8 +525,9 @@ _atan: Primitive = primitive(
 
 def _atan2_share(x: Any, x1: Any, x2: Any) -> Tensor:
     """Return x / (x1**2 + x2**2), and 0 at the origin, where the angle has no slope."""
-    squares = _add(_square(x1), _square(x2))
-    return _divide(x, where(logic.equal(squares, 0), 1, squares))
+    radius = _hypot(x1, x2)  # squares would be 0 or infinite for what is not
+    radius = where(logic.equal(radius, 0), 1, radius)
+    return _divide(_divide(x, radius), radius)
 
 
 _atan2: Primitive = primitive(
@@ -794,7 +795,7 @@ def where(condition: ArrayLike, x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     if type(condition) in (float, int):
         condition = bool(condition)
     if type(x1) in (float, int) and type(x2) in (float, int):
-        x1 = Tensor(x1 + x2 * 0)  # type: ignore[operator]
+        x1 = Tensor(float(x1) if type(x2) is float else x1)  # type: ignore[arg-type]
     return _where(condition, x1, x2)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from tapegrad._backend import Array, Module
 from tapegrad.kernels import gemm
+from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import permute as _permute
 from tapegrad.linear import reshape as _reshape
 from tapegrad.ops import elementwise as ew
@@ -92,6 +93,14 @@ def matmul(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     return _reshape(y, shape=shape)
 
 
+def dot(x1: ArrayLike, x2: ArrayLike) -> Tensor:
+    """Return NumPy's `dot`: of numbers and of stacks of matrices it is not `matmul`."""
+    left, right = as_tensor(x1), as_tensor(x2)
+    if not left.ndim or not right.ndim:
+        return ew.multiply(x1, x2)
+    return matmul(left, right) if right.ndim < 3 else tensordot(left, right, axes=([-1], [-2]))
+
+
 def outer(x1: ArrayLike, x2: ArrayLike, /) -> Tensor:
     """Return the outer product x1[i] * x2[j] of two vectors.
 
@@ -139,7 +148,7 @@ def tensordot(
     (2, 5)
     """
     x1, x2 = as_tensor(x1), as_tensor(x2)
-    if isinstance(axes, int):
+    if isinstance(axes, (int, np.integer)):
         if not 0 <= axes <= min(x1.ndim, x2.ndim):
             raise ValueError(f"[tensordot] cannot sum over {axes} axes of {x1.shape}, {x2.shape}")
         axes = (range(x1.ndim - axes, x1.ndim), range(axes))
@@ -171,8 +180,13 @@ def _einsum_vjp(
     for i, needed in enumerate(needs):
         others = inputs[:i] + inputs[i + 1 :]
         equation = ",".join([output, *others]) + "->" + inputs[i]
-        rest = xs[:i] + xs[i + 1 :]
-        answers.append(_einsum(g, *rest, subscripts=equation) if needed else None)
+        if not needed:
+            answers.append(None)
+            continue
+        answer = _einsum(g, *xs[:i], *xs[i + 1 :], subscripts=equation)
+        # Where all others were spread along an axis, each element has the same gradient.
+        shape = np.broadcast_shapes(answer.shape, xs[i].shape)
+        answers.append(answer if answer.shape == shape else _broadcast_to(answer, shape=shape))
     return tuple(answers)
 
 
@@ -202,6 +216,10 @@ def einsum(subscripts: str, /, *operands: ArrayLike) -> Tensor:
             while term.count(letter) > 1:
                 first = term.index(letter)
                 second = term.index(letter, first + 1)
+                if xs[i].shape[first] != xs[i].shape[second]:
+                    raise ValueError(
+                        f"[einsum] {letter!r} has two lengths in {term!r}, of shape {xs[i].shape}"
+                    )
                 xs[i] = diagonal(xs[i], axis1=first, axis2=second)
                 term = term[:first] + term[first + 1 : second] + term[second + 1 :] + letter
         elsewhere = set(output).union(*inputs[:i], *inputs[i + 1 :])

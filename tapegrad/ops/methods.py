@@ -124,11 +124,6 @@ def _cumprod(self: Operand, axis: int | None = None) -> Tensor:
     return scans.cumulative_prod(_flatten(self) if axis is None else self, axis=axis or 0)
 
 
-def _dot(self: Operand, other: Any) -> Tensor:
-    """Return the matrix product with `other`."""
-    return linear_algebra.matmul(self, other)
-
-
 def _iterate(self: Operand) -> Iterator[Tensor]:
     if self.ndim == 0:
         raise TypeError("Cannot iterate over a scalar tensor.")
@@ -169,7 +164,7 @@ def _attach() -> None:
         "ravel": _flatten,
         "cumsum": _cumsum,
         "cumprod": _cumprod,
-        "dot": _dot,
+        "dot": linear_algebra.dot,
     }
     for name, method in methods.items():
         setattr(Operand, name, method)

@@ -99,7 +99,32 @@ def _over_flat(function: Callable[..., Any], default: int | None) -> Callable[..
     return over
 
 
-# NumPy's function: (tapegrad's, how many leading arguments go by position, other names).
+def _norm(x: Operand, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
+    """Take the norm of vectors or, by its elements, of a matrix: its others need an SVD or sums."""
+    over = x.ndim if axis is None else len(axis) if isinstance(axis, tuple) else 1
+    if ord is None or (over == 2 and ord == "fro"):
+        return reductions.norm(x, axis=axis, keepdims=keepdims)
+    if over != 1 or isinstance(ord, str):
+        return NotImplemented
+    return reductions.norm(x, ord=ord, axis=axis, keepdims=keepdims)
+
+
+def _pad(x: Operand, pad_width: Any, mode: Any = "constant", constant_values: Any = 0) -> Any:
+    if np.ndim(constant_values):
+        return NotImplemented
+    return shape.pad(x, pad_width, mode=mode, value=constant_values)
+
+
+def _diagonal(x: Operand, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
+    return linear_algebra.diagonal(x, offset=offset, axis1=axis1, axis2=axis2)
+
+
+def _trace(x: Operand, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
+    return reductions.sum(_diagonal(x, offset, axis1, axis2), axis=-1)
+
+
+# NumPy's function: (tapegrad's, how many leading arguments go by position, other names). Where ours
+# answers NotImplemented it is a call that has no rule.
 _Row = tuple[Callable[..., Any], int, dict[str, str]]
 _FUNCTIONS: dict[Callable[..., Any], _Row] = {
     np.sum: (reductions.sum, 1, {}),
@@ -115,23 +140,17 @@ _FUNCTIONS: dict[Callable[..., Any], _Row] = {
     np.any: (reductions.any, 1, {}),
     np.argmax: (reductions.argmax, 1, {}),
     np.argmin: (reductions.argmin, 1, {}),
-    np.linalg.norm: (reductions.norm, 1, {}),
+    np.linalg.norm: (_norm, 1, {}),
     np.cumsum: (lambda x, axis=None: x.cumsum(axis), 1, {}),
     np.cumprod: (lambda x, axis=None: x.cumprod(axis), 1, {}),
-    np.dot: (linear_algebra.matmul, 2, {}),
+    np.dot: (linear_algebra.dot, 2, {}),
     np.outer: (linear_algebra.outer, 2, {}),
     np.tensordot: (linear_algebra.tensordot, 2, {}),
-    np.diagonal: (
-        lambda x, offset=0, axis1=0, axis2=1: linear_algebra.diagonal(
-            x, offset=offset, axis1=axis1, axis2=axis2
-        ),
-        1,
-        {},
-    ),
-    np.trace: (linear_algebra.trace, 1, {}),
+    np.diagonal: (_diagonal, 1, {}),
+    np.trace: (_trace, 1, {}),
     np.tril: (linear_algebra.tril, 1, {}),
     np.triu: (linear_algebra.triu, 1, {}),
-    np.where: (ew.where, 3, {}),
+    np.where: (lambda c, *xs: ew.where(c, *xs) if xs else NotImplemented, 3, {}),
     np.clip: (ew.clip, 1, {"a_min": "min", "a_max": "max"}),
     np.reshape: (shape.reshape, 2, {}),
     np.ravel: (lambda x: shape.reshape(x, -1), 1, {}),
@@ -147,13 +166,7 @@ _FUNCTIONS: dict[Callable[..., Any], _Row] = {
     np.roll: (shape.roll, 2, {}),
     np.repeat: (shape.repeat, 2, {}),
     np.tile: (shape.tile, 2, {}),
-    np.pad: (
-        lambda x, pad_width, mode="constant", constant_values=0: shape.pad(
-            x, pad_width, mode=mode, value=constant_values
-        ),
-        2,
-        {},
-    ),
+    np.pad: (_pad, 2, {}),
     np.take: (_over_flat(indexing.take, None), 2, {}),
     np.take_along_axis: (_over_flat(indexing.take_along_axis, -1), 2, {}),
     np.sort: (_over_flat(indexing.sort, -1), 1, {}),
@@ -211,7 +224,7 @@ def _array_ufunc(
 def _array_function(
     self: Operand, function: Callable[..., Any], types: Any, args: Any, kwargs: Any
 ) -> Any:
-    if function is np.einsum and not kwargs:
+    if function is np.einsum and isinstance(args[0], str) and not kwargs:
         return linear_algebra.einsum(*args)
     row = _FUNCTIONS.get(function)
     if row is not None:
@@ -221,7 +234,9 @@ def _array_function(
         values = list(given.items())
         options = {names.get(name, name): value for name, value in values[by_position:]}
         if not options.keys() - inspect.signature(ours).parameters.keys():
-            return ours(*[value for _, value in values[:by_position]], **options)
+            answer = ours(*[value for _, value in values[:by_position]], **options)
+            if answer is not NotImplemented:
+                return answer
     if function not in _FACTS:
         _refuse_if_recorded((args, kwargs), f"np.{function.__name__}")
     return function(*map_structure(_raw, args), **map_structure(_raw, kwargs))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tapegrad._backend import Array, Module
+from tapegrad._backend import Array, Module, is_short
 from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
+from tapegrad.linear import sum_over
 from tapegrad.ops import elementwise as ew
 from tapegrad.ops import logic
-from tapegrad.ops.arguments import as_tensor, normalize_axes, normalize_axis
+from tapegrad.ops.arguments import as_floating, as_tensor, normalize_axes, normalize_axis
 from tapegrad.primitive import Primitive, primitive
 from tapegrad.tensor import ArrayLike, Tensor
 
@@ -34,9 +36,18 @@ def spread(g: Tensor, x: Any, axes: tuple[int, ...]) -> Tensor:
 
 # ---- sums and what is made of them
 
+
+def _sum_forward(
+    xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool, dtype: Any
+) -> Array:
+    if xp is np and is_short(x.dtype) and (dtype is None or dtype == x.dtype):
+        return sum_over(xp, x, axis, keepdims)
+    return xp.sum(x, axis=axis, keepdims=keepdims, dtype=dtype)
+
+
 _sum: Primitive = primitive(
     "sum",
-    lambda xp, x, *, axis, keepdims, dtype: xp.sum(x, axis=axis, keepdims=keepdims, dtype=dtype),
+    _sum_forward,
     lambda g, _y, _x, *, axis, keepdims, dtype: spread(g, _x, axis),
 )
 
@@ -64,17 +75,30 @@ def count(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
 def mean(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
     """Return the mean over the given axes, over all of them for None; NaN where there is nothing.
 
-    Arguments and errors are those of `sum`. Integers give float64, as in NumPy.
+    Arguments and errors are those of `sum`. Integers are summed in float64, as in NumPy.
 
     >>> print(tg.mean([1.0, 2.0, 6.0]))
     tg.Tensor(3.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
     axes = normalize_axes("mean", axis, x.ndim)
-    # The sum of float16 passes its largest number, 65504, soon: it is taken in float32.
-    wide = np.dtype(np.float32) if x.dtype == np.float16 else None
-    y = ew.divide(_sum(x, axis=axes, keepdims=keepdims, dtype=wide), count(x.shape, axes))
-    return y if wide is None else ew.astype(y, x.dtype)
+    # The sum of float16 passes its largest number, 65504, soon; that of integers would wrap.
+    half = x.dtype == np.float16
+    wide = np.float32 if half else np.float64 if x.dtype.kind in "biu" else None
+    dtype = None if wide is None else np.dtype(wide)
+    y = ew.divide(_sum(x, axis=axes, keepdims=keepdims, dtype=dtype), count(x.shape, axes))
+    return ew.astype(y, x.dtype) if half else y
+
+
+def _in_float32(reduction: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
+    """Reduce 16 bits with all steps in float32: squares soon pass float16's largest, 65504."""
+    return ew.astype(reduction(ew.astype(x, np.float32), **options), x.dtype)
+
+
+def _divisor(shape: tuple[int, ...], axes: tuple[int, ...], correction: float) -> float:
+    """Return n - correction, or 0 where that is below: no variance is negative."""
+    n = count(shape, axes) - correction
+    return n if n > 0 else 0.0
 
 
 def var(
@@ -82,16 +106,19 @@ def var(
 ) -> Tensor:
     """Return the variance: the sum of squared deviations from the mean, by n - correction.
 
+    A divisor below 0 counts as 0, as with NumPy: the variance is then infinite or NaN.
     Other arguments and errors are those of `sum`.
 
     >>> print(tg.var([1.0, 3.0]))
     tg.Tensor(1.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
+    if is_short(x.dtype):
+        return _in_float32(var, x, axis=axis, correction=correction, keepdims=keepdims)
     axes = normalize_axes("var", axis, x.ndim)
     deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
     total = sum(ew.square(deviation), axis=axes, keepdims=keepdims)
-    return ew.divide(total, count(x.shape, axes) - correction)
+    return ew.divide(total, _divisor(x.shape, axes, correction))
 
 
 def std(
@@ -105,11 +132,12 @@ def std(
     tg.Tensor(1.0, shape=(), dtype=float32)
     """
     x = as_tensor(x)
+    if is_short(x.dtype):
+        return _in_float32(std, x, axis=axis, correction=correction, keepdims=keepdims)
     axes = normalize_axes("std", axis, x.ndim)
     deviation = ew.subtract(x, mean(x, axis=axes, keepdims=True))
-    divisor = count(x.shape, axes) - correction
     length = _euclidean(deviation, axis=axes, keepdims=keepdims)
-    return ew.divide(length, math.sqrt(divisor) if divisor > 0 else math.nan)
+    return ew.divide(length, math.sqrt(_divisor(x.shape, axes, correction)))
 
 
 # ---- norms
@@ -148,9 +176,9 @@ def norm(
     >>> print(tg.norm([3.0, 4.0]))
     tg.Tensor(5.0, shape=(), dtype=float32)
     """
-    x = as_tensor(x)
-    if x.dtype.kind != "f":
-        x = ew.astype(x, np.result_type(x.dtype, np.float32))
+    x = as_floating(x)
+    if is_short(x.dtype):
+        return _in_float32(norm, x, ord=ord, axis=axis, keepdims=keepdims)
     axes = normalize_axes("norm", axis, x.ndim)
     if ord == 2:
         return _euclidean(x, axis=axes, keepdims=keepdims)
@@ -162,10 +190,15 @@ def norm(
         return min(ew.abs(x), axis=axes, keepdims=keepdims)
     if ord == 0:
         return sum(ew.astype(logic.not_equal(x, 0), x.dtype), axis=axes, keepdims=keepdims)
-    total = sum(ew.power(ew.abs(x), ord), axis=axes, keepdims=keepdims)
-    # The root's slope at 0 is infinite; where all elements are 0 the norm's gradient is 0.
-    zero = logic.equal(total, 0)
-    return ew.where(zero, 0, ew.power(ew.where(zero, 1, total), 1 / ord))
+    sizes = ew.abs(x)
+    terms = _power_from_0(sizes, ord) if 0 < ord < 1 else ew.power(sizes, ord)
+    return _power_from_0(sum(terms, axis=axes, keepdims=keepdims), 1 / ord)
+
+
+def _power_from_0(x: Tensor, exponent: float) -> Tensor:
+    """Return x**exponent, with the gradient 0 at 0, where a root's slope is infinite."""
+    zero = logic.equal(x, 0)
+    return ew.where(zero, 0, ew.power(ew.where(zero, 1, x), exponent))
 
 
 # ---- extremes
@@ -237,7 +270,7 @@ _finite_max: Primitive = primitive("finite_max", _finite_max_forward, None)
 def _logsumexp_forward(xp: Module, x: Array, *, axis: tuple[int, ...], keepdims: bool) -> Array:
     top = _finite_max_forward(xp, x, axis=axis)
     with np.errstate(divide="ignore", over="ignore"):  # log(0) where all elements are -inf
-        y = xp.log(xp.sum(xp.exp(x - top), axis=axis, keepdims=True)) + top
+        y = xp.log(sum_over(xp, xp.exp(x - top), axis, keepdims=True)) + top
     return y if keepdims else y.reshape([n for i, n in enumerate(x.shape) if i not in axis])
 
 
@@ -262,7 +295,7 @@ def logsumexp(x: ArrayLike, /, axis: Axis = None, *, keepdims: bool = False) -> 
     >>> print(f"{tg.logsumexp([1000.0, 1000.0]):.3f}")
     1000.693
     """
-    x = as_tensor(x)
+    x = as_floating(x)
     return _logsumexp(x, axis=normalize_axes("logsumexp", axis, x.ndim), keepdims=keepdims)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from tapegrad._backend import Array, Module
+import numpy as np
+
+from tapegrad._backend import Array, Module, is_short
 from tapegrad.linear import broadcast_to as _broadcast_to
 from tapegrad.linear import reshape as _reshape
 from tapegrad.linear import zeros_like as _zeros_like
@@ -41,9 +44,16 @@ _shift: Primitive = primitive(
     lambda g, _y, _x, *, axis, by, fill: _shift(g, axis=axis, by=-by, fill=0.0),
 )
 
+
+def _sums(xp: Module, x: Array, *, axis: int) -> Array:
+    wide = np.float32 if is_short(x.dtype) else None
+    y = xp.cumsum(x, axis=axis, dtype=wide)
+    return y if wide is None else y.astype(x.dtype)
+
+
 _cumulative_sum: Primitive = primitive(
     "cumulative_sum",
-    lambda xp, x, *, axis, reverse: _along(xp, xp.cumsum, x, axis, reverse),
+    lambda xp, x, *, axis, reverse: _along(xp, functools.partial(_sums, xp), x, axis, reverse),
     lambda g, _y, _x, *, axis, reverse: _cumulative_sum(g, axis=axis, reverse=not reverse),
 )
 

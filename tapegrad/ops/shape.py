@@ -380,7 +380,8 @@ def pad(
     mode    `"constant"`: `value`; `"edge"`: the end's own; `"reflect"`: mirrored at the end
             element; `"symmetric"`: mirrored beside it.
 
-    Raises `ValueError` for an unknown mode and for widths that do not fit.
+    Raises `ValueError` for an unknown mode and for widths that do not fit, `TypeError` for a value
+    that is no number.
 
     >>> print(tg.pad([1.0, 2.0], 1))
     tg.Tensor([0. 1. 2. 0.], shape=(4,), dtype=float32)
@@ -389,6 +390,8 @@ def pad(
     modes = ("constant", "edge", "reflect", "symmetric")
     if mode not in modes:
         raise ValueError(f"[pad] mode must be one of {', '.join(modes)}, got {mode!r}")
+    if not isinstance(value, (int, float, np.generic)):
+        raise TypeError(f"[pad] value must be a number, got {value!r}")
     try:
         pairs = np.broadcast_to(np.asarray(widths), (x.ndim, 2))
     except ValueError:

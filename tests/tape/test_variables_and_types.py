@@ -30,6 +30,20 @@ def test_V1_dtypes():
     assert tg.Variable(3, dtype="float64").dtype == "float64"
 
 
+@pytest.mark.parametrize(
+    "make", [tg.constant, tg.Variable, lambda x, dtype: tg.full(2, x, dtype=dtype)]
+)
+def test_V1_an_integer_type_takes_what_it_can_hold(make):
+    """As NumPy's array: 300 as int8 would be 44."""
+    for value, dtype in [(300, "int8"), (-1, "uint8"), (2**40, "int32")]:
+        with pytest.raises(OverflowError, match=f"{value} out of bounds for {dtype}"):
+            make(value, dtype=dtype)
+    with pytest.raises(ValueError, match="cannot convert float NaN to integer"):
+        make(np.nan, dtype="int32")
+    with pytest.raises(OverflowError, match="300 out of bounds for int8"):
+        tg.constant([[1, 2], [3, 300]], dtype="int8")
+
+
 def test_V1_a_variable_of_a_variable_has_a_copy_of_its_value():
     for value in (3.0, [3.0, 4.0]):
         v = tg.Variable(value)
