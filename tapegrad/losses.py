@@ -66,6 +66,11 @@ def _positive(p: Tensor) -> Tensor:
     return ew.clip(p, float(np.finfo(p.dtype).eps), 1.0)
 
 
+def _logits(p: Tensor) -> Tensor:
+    """Return logarithms: their softmax is the probabilities again, divided by their sum."""
+    return ew.log(_positive(p))
+
+
 def sparse_categorical_crossentropy(
     y_true: ArrayLike, y_pred: ArrayLike, from_logits: bool = False, ignore_class: int | None = None
 ) -> Tensor:
@@ -75,15 +80,14 @@ def sparse_categorical_crossentropy(
     y_pred        (..., classes): probabilities, or with `from_logits` what a softmax makes them of.
     ignore_class  examples with this label have the loss 0.
 
-    Probabilities are kept from 0 by the type's precision. Raises `ValueError` for shapes that do
-    not fit and labels out of range.
+    Probabilities are kept from 0 by the type's precision, and divided by their sum. Raises
+    `ValueError` for shapes that do not fit and labels out of range.
 
     >>> print(tg.losses.sparse_categorical_crossentropy([1], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
     t, p = labels_and_scores("sparse_categorical_crossentropy", y_true, y_pred)
-    # The logarithms of probabilities are logits too: their softmax is the probabilities again.
-    logits = p if from_logits else ew.log(_positive(p))
+    logits = p if from_logits else _logits(p)
     return nn.softmax_cross_entropy(logits, t, ignore_label=ignore_class, reduction="none")
 
 
@@ -100,18 +104,16 @@ def categorical_crossentropy(
     y_true, y_pred   (..., classes); y_pred are probabilities, or with `from_logits` logits.
     label_smoothing  s: the targets become (1 - s) * y_true + s / classes.
 
-    Raises `ValueError` for unequal shapes and a label_smoothing outside 0 to 1.
+    Probabilities are kept from 0 by the type's precision, and divided by their sum. Raises
+    `ValueError` for unequal shapes and a label_smoothing outside 0 to 1.
 
     >>> print(tg.losses.categorical_crossentropy([[0.0, 1.0]], [[0.5, 0.5]]))
     tg.Tensor([0.6931472], shape=(1,), dtype=float32)
     """
     _check_smoothing("categorical_crossentropy", label_smoothing)
     t, p = pair("categorical_crossentropy", y_true, y_pred)
-    if from_logits:
-        return nn.softmax_cross_entropy(p, t, label_smoothing=label_smoothing, reduction="none")
-    if label_smoothing:
-        t = ew.add(ew.multiply(t, 1.0 - label_smoothing), label_smoothing / p.shape[-1])
-    return ew.negative(reductions.sum(ew.xlogy(t, _positive(p)), axis=-1))
+    logits = p if from_logits else _logits(p)
+    return nn.softmax_cross_entropy(logits, t, label_smoothing=label_smoothing, reduction="none")
 
 
 def binary_crossentropy(

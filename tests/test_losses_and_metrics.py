@@ -161,6 +161,24 @@ def test_sparse_categorical_crossentropy():
     close(deep, expected.reshape(3, 3))
 
 
+def test_probabilities_that_do_not_sum_to_1():
+    """They are divided by their sum, as with Keras: for both kinds of targets, and in gradients."""
+    rng = np.random.default_rng(3)
+    p, y = rng.uniform(0.05, 0.4, (5, 3)), np.array([0, 2, 1, 1, 0])
+    t = np.eye(3)[y]
+    expected = -np.log(p[np.arange(5), y] / p.sum(1))
+    slope = 1 / p.sum(1, keepdims=True) - t / p
+    for loss, target in (
+        (losses.sparse_categorical_crossentropy, y),
+        (losses.categorical_crossentropy, t),
+    ):
+        x = tg.Variable(p)
+        with tg.GradientTape() as tape:
+            value = loss(target, x)
+        close(value, expected)
+        close(tape.gradient(value, x), slope)
+
+
 def test_categorical_crossentropy():
     x, t = logits_of(9, 4), probabilities_of(9, 4)
     expected = -(t * special.log_softmax(x, -1)).sum(-1)

@@ -149,6 +149,13 @@ VIEWS = frozenset(("broadcast_to", "getitem", "permute", "reshape", "row", "stop
 _PRODUCTS = frozenset(("matmul", "linear", "linear_relu"))
 
 
+def _is_foreign(step: Step) -> bool:
+    """Tell whether a step computes with bfloat16, of which NumPy has no products with `out`."""
+    if step.name in VIEWS or isinstance(step.primitive, Update):
+        return False
+    return any(x.dtype.kind == "V" for x in (*step.values(), *step.outputs))
+
+
 def lowers(*primitives: str | type[object]) -> Callable[[Lower], Lower]:
     """Enter a function in the table of lowerings, for primitives of these names or kinds."""
 
@@ -199,7 +206,7 @@ class Lowering:
 
     def _lower(self, step: Step) -> None:
         lower = lowerings.get(step.name) or lowerings.get(type(step.primitive))
-        if lower is None or not lower(self, step):
+        if lower is None or _is_foreign(step) or not lower(self, step):
             self.call_meaning(step)
 
     # ---- reading Variables

@@ -31,8 +31,12 @@ def product(xp: Module, x1: Any, x2: Any) -> Array:
     kind = np.ndarray
     if xp is np and type(x1) is kind and type(x2) is kind and x1.ndim == x2.ndim == 2:
         by_dot = x1.dtype.char in "fd" and x1.size != 1 and x2.size != 1
-        return x1.dot(x2) if by_dot else np.matmul(x1, x2)
-    return xp.matmul(x1, x2)
+        if by_dot:
+            return x1.dot(x2)
+    y = xp.matmul(x1, x2)
+    if xp is np and x1.dtype.kind == "V" and x2.dtype == x1.dtype:  # bfloat16: it gives float32
+        return y.astype(x1.dtype)
+    return y
 
 
 # Of matrices, or stacks of them that broadcast: the tape sums over what was spread. The other two

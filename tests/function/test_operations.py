@@ -197,3 +197,31 @@ def test_integers_that_a_type_does_not_hold(dtype, number):
         [x < number, number >= x, tg.not_equal(x, number)],
     )
     assert_same(replayed(lambda x: tg.where(x > 1, x, number), x), tg.where(x > 1, x, number))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_layer_of_bfloat16(optimizer):
+    """NumPy has no products of it that would be written to where it belongs."""
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=s).astype(bfloat16) for s in ((6, 3), (3, 4), (4,)))
+
+    def made():
+        w, b = tg.Variable(kernel), tg.Variable(bias)
+        update = getattr(tg.optimizers, optimizer)(0.25)
+
+        def step(x, labels):
+            with tg.GradientTape() as tape:
+                loss = tg.nn.softmax_cross_entropy(tg.nn.linear_relu(x, w, b), labels)
+            gradients = tape.gradient(loss, [w, b])
+            update.apply(gradients, [w, b])
+            return loss, gradients, w + b
+
+        return step
+
+    compiled, eager = tg.function(made()), made()
+    labels = tg.constant([0, 1, 2, 3, 0, 1])
+    for _ in range(5):
+        got, want = compiled(tg.constant(x), labels), eager(tg.constant(x), labels)
+        assert_same(got, want)
+        assert {y.dtype for y in (got[0], *got[1], got[2])} == {np.dtype(bfloat16)}

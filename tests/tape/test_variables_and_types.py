@@ -421,6 +421,21 @@ def test_D10_bfloat16():
     np.testing.assert_array_equal(dx.numpy().astype("float32"), [12.0, 16.0])
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (4, 2, 3)])
+def test_D10_products_of_bfloat16(shape):
+    """Their sums are float32's, rounded once; NumPy itself would answer float32."""
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=shape).astype(bfloat16), rng.normal(size=(3, 5)).astype(bfloat16)
+    y = tg.matmul(a, b)
+    assert y.dtype == bfloat16
+    exact = a.astype("float64") @ b.astype("float64")
+    np.testing.assert_allclose(y.numpy().astype("float64"), exact, rtol=2**-8, atol=1e-6)
+    da = gradient(lambda a: a @ tg.constant(b), tg.Variable(a))
+    assert da.dtype == bfloat16
+    assert tg.matmul(a, b.astype("float32")).dtype == "float32"
+
+
 # ---- indexing, gathering
 
 
