@@ -252,6 +252,8 @@ class Generator:
         """Return normally distributed numbers; see `tapegrad.random.normal`."""
         kind, lengths = np.dtype(dtype), _lengths("normal", shape)
         _float_width("normal", kind)
+        if isinstance(stddev, (int, float)) and not stddev >= 0:
+            raise ValueError(f"[normal] stddev must be a number >= 0, got {stddev!r}")
         count = math.prod(lengths)
         bits = self._draw(count + count % 2, 64 if kind == np.float64 else 32)
         y = _normal(bits, shape=lengths, dtype=kind)
@@ -360,6 +362,8 @@ def normal(
     seed: int | None = None,
 ) -> Tensor:
     """Return normally distributed numbers; `dtype` and `seed` as for `uniform`.
+
+    Raises `ValueError` for a stddev below 0, `TypeError` for a dtype that is no floating type.
 
     >>> tg.random.normal((2, 3)).shape
     (2, 3)

@@ -370,6 +370,13 @@ def test_probabilities_lie_between_0_and_1(probability: float) -> None:
         tg.random.Generator(0).mask(2, probability)
 
 
+@pytest.mark.parametrize("stddev", [-1, -0.5, math.nan])
+def test_deviations_are_not_below_0(stddev: float) -> None:
+    with pytest.raises(ValueError, match=r"^\[normal\] stddev must be a number >= 0, got"):
+        tg.random.normal(2, stddev=stddev)
+    np.testing.assert_array_equal(tg.random.normal(2, mean=3.0, stddev=0), [3.0, 3.0])
+
+
 def test_a_failed_draw_leaves_the_stream_where_it_was() -> None:
     generator = tg.random.Generator(0)
     for draw in (
@@ -378,6 +385,7 @@ def test_a_failed_draw_leaves_the_stream_where_it_was() -> None:
         lambda: generator.uniform(2, 3, 2),
         lambda: generator.uniform(-1),
         lambda: generator.normal(-1),
+        lambda: generator.normal(2, stddev=-1.0),
         lambda: generator.mask((3, -1), 0.5),
         lambda: generator.normal(2, dtype=tg.int32),
         lambda: generator.mask(2, 2.0),
