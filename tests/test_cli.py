@@ -357,6 +357,13 @@ k     x     y        z  dz/dx  lr*dz/dx  dz/dy  lr*dz/dy
 """
 
 
+def test_a_descent_that_climbs_has_a_table_and_no_picture(capsys):
+    with np.errstate(all="ignore"):
+        code, out, err = tapegrad(capsys, "demo", "descent", "--learning-rate", 5, "--steps", 400)
+    assert (code, len(out), os.listdir()) == (2, 401, [])
+    assert err == ["tapegrad demo: the steps grow past all numbers: take a learning rate below 1"]
+
+
 def test_the_demonstration_of_gradient_descent(capsys):
     code, out, err = tapegrad(capsys, "demo", "descent", "--steps", 6)
     assert (code, err) == (0, [])

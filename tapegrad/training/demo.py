@@ -54,8 +54,11 @@ def table(path: list[Step]) -> str:
 def draw(path: list[Step], file: str | os.PathLike[str]) -> None:
     """Draw the path over the level lines of z into a picture.
 
-    Raises `ImportError` with the cure where matplotlib is not installed.
+    Raises `ImportError` with the cure where matplotlib is not installed, `ValueError` for a path
+    that leaves the numbers.
     """
+    if not np.isfinite([step[1:] for step in path]).all():
+        raise ValueError("the steps grow past all numbers: take a learning rate below 1")
     figure, (axis,) = new_figure(1, 5.2, 4.6)
     reach = 1.1 * max(max(abs(step.x), abs(step.y)) for step in path)
     ticks = np.linspace(-reach, reach, 200)
