@@ -126,6 +126,22 @@ def test_what_a_step_may_be() -> None:
     assert shape["k"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*stays eager")
+def test_results_whose_keys_change_places() -> None:
+    number = iter(range(100))
+
+    def step(x: Any) -> Any:
+        found = {"sum": tg.sum(x), "none": tg.sum(x) * 0.0}
+        return dict(reversed(found.items())) if next(number) % 2 else found
+
+    (sums,) = Steps(tg.function(step, strict=False), Batches(np.arange(8.0), 2), 4)
+    assert sums["sum"].tolist() == [1.0, 5.0, 9.0, 13.0]
+    assert sums["none"].tolist() == [0.0] * 4
+    one_or_two = tg.function(lambda x: [x] * (1 + next(number) % 2), strict=False)
+    with pytest.raises(ValueError, match="that of one before must have the structure of a step's"):
+        list(Steps(one_or_two, Batches(np.arange(8.0), 2), 4))
+
+
 def test_results_that_the_step_leases() -> None:
     f = tg.function(lambda x: {"twice": x * 2.0, "k": 1}, lease_results=True)
     for _ in range(3):

@@ -10,7 +10,7 @@ from typing import Any
 from tapegrad._function.device import DeviceReplay, Feed
 from tapegrad._function.dispatch import Function, Method, function
 from tapegrad._recording import no_record, state
-from tapegrad._structure import flatten, map_structure, unflatten
+from tapegrad._structure import flatten, leaves_where, map_structure, unflatten
 from tapegrad.data.batches import Batches
 from tapegrad.ops.creation import arange, to_backend
 from tapegrad.ops.indexing import getitem
@@ -33,7 +33,8 @@ class Steps:
     on the device, so that Python's work for a call is shared by its steps; elsewhere it is a loop,
     with the same results.
 
-    Raises `TypeError` for other batches than `Batches`, `ValueError` for per_call < 1.
+    Raises `TypeError` for other batches than `Batches`, `ValueError` for per_call < 1 and for
+    results of a call that are not of one structure.
 
     >>> w = tg.Variable(0.0)
     >>> def step(x, y):
@@ -89,11 +90,13 @@ class Steps:
 
     def _one_by_one(self, order: Tensor | None, numbers: range) -> Any:
         results = [self._take(self._arguments(order, i)) for i in numbers]
+        last = results[-1]
+        rows = [leaves_where(last, x, "a step's result", "that of one before") for x in results]
         leaves = [
             stack(column) if isinstance(column[-1], Tensor) else column[-1]
-            for column in map(list, zip(*map(flatten, results), strict=True))
+            for column in map(list, zip(*rows, strict=True))
         ]
-        return unflatten(results[-1], leaves)
+        return unflatten(last, leaves)
 
     def _take(self, arguments: tuple[Any, ...]) -> Any:
         result = self._step(*arguments)
