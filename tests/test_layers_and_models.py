@@ -366,6 +366,14 @@ def test_build_takes_the_shape_only():
         np.testing.assert_array_equal(before, after)
 
 
+def test_a_model_may_see_a_single_example_first():
+    """It was built for inputs of one number, and good for nothing else."""
+    model = tg.Sequential([Dense(5, activation="relu"), Dense(2)])
+    assert model(np.ones(3)).shape == (2,)
+    assert [v.shape for v in model.variables] == [(3, 5), (5,), (5, 2), (2,)]
+    assert model(np.ones((7, 3))).shape == (7, 2)
+
+
 def test_build_needs_every_length_but_the_batchs():
     # The layers were made for inputs of one number.
     model = tg.Sequential([Dense(5)])

@@ -453,8 +453,11 @@ class Sequential(Model):
             )
         self.built = True
         if not any(isinstance(length, tuple) for length in input_shape):  # shapes of a structure
+            lengths = [1 if n is None else int(n) for n in input_shape]
+            if len(lengths) > 1:  # a vector may be one example: its length is what layers need
+                lengths[0] = 1
             with no_record():
-                self(zeros((1, *[int(n) for n in input_shape[1:] if n is not None])))
+                self(zeros(lengths))
 
     def call(self, x: Any, training: bool = False) -> Any:
         """Return what the last layer makes of it."""
