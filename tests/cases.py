@@ -1474,7 +1474,7 @@ def binary(t: Array, p: Array, smoothing: float = 0.0) -> Array:
 
 def categorical(t: Array, p: Array, smoothing: float = 0.0) -> Array:
     t = (1 - smoothing) * t + smoothing / t.shape[-1]
-    return np.asarray(-(t * np.log(p)).sum(-1))
+    return np.asarray(-(t * np.log(p / p.sum(-1, keepdims=True))).sum(-1))
 
 
 def divergence(t: Array, p: Array) -> Array:
