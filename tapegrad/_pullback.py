@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tapegrad._index import FULL, SLOT
-from tapegrad._recording import PassRecorder, state
+from tapegrad._recording import PassRecorder, alone, state
 from tapegrad.formulas import formulas
 from tapegrad.linear import broadcast_to, permute, reshape, row, stack, sum_to
 from tapegrad.primitive import Primitive, primitives
@@ -62,7 +62,7 @@ class Pullback(PassRecorder):
         self._varying = {seed.id: self._seed}
         self._calls: list[_Call] = []
         self._fixed: dict[int, Tensor] = {}  # by id: what the seed is not in, if it was made anew
-        with self.alone():
+        with alone(self):
             answers = pull_back(seed)
         self._answers = [None if g is None else self._seen(g) for g in answers]
         # The call that is the last to use a value; answers outlast them all.

@@ -99,20 +99,21 @@ def only(recorders: Sequence[Any]) -> Iterator[None]:
         state.recorders = outer
 
 
+@contextlib.contextmanager
+def alone(recorder: Any) -> Iterator[None]:
+    """Let nobody else listen in a `with` block, not even those that hear everything."""
+    outer, state.recorders = state.recorders, [recorder]
+    try:
+        yield
+    finally:
+        state.recorders = outer
+
+
 class PassRecorder:
-    """What recorders of one reverse pass share: they alone hear what its rules call."""
+    """What recorders of one reverse pass share: alone, they hear what its rules call."""
 
     lasting = True
     since = 0
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let nobody else listen in a `with` block."""
-        outer, state.recorders = state.recorders, [self]
-        try:
-            yield
-        finally:
-            state.recorders = outer
 
     def watches(self, _: Any) -> bool:
         """Say no: what is only for tapes need not be done for a recording."""

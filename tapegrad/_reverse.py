@@ -35,6 +35,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tapegrad._recording import alone
 from tapegrad._reverse_text import Recording, Refused, can_be_replayed, same
 from tapegrad.primitive import Primitive
 from tapegrad.tensor import Operand, Tensor
@@ -120,7 +121,7 @@ def _recorded(
             recording = Recording(tape, targets, sources, weights)
     if recording is None:
         return tape._interpreted(targets, sources, weights)  # type: ignore[no-any-return]
-    with recording.alone():
+    with alone(recording):
         answers: list[Tensor | None] = tape._interpreted(targets, sources, weights)
     found = recording.finished(answers)
     if found is not None:

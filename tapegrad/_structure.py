@@ -46,19 +46,17 @@ def children_of(value: Any) -> list[Any]:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (how the child is written, child) of a container."""
+    """Return pairs of a container's children: (how it is written, the child)."""
+    children = children_of(value)
     if isinstance(value, Mapping):
-        for key in value:
-            yield f"[{key!r}]", value[key]
+        steps = [f"[{key!r}]" for key in value]
     elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield f".{field.name}", getattr(value, field.name)
+        steps = [f".{field.name}" for field in dataclasses.fields(value)]
     elif hasattr(value, "_fields"):
-        for name, child in zip(value._fields, value, strict=True):
-            yield f".{name}", child
+        steps = [f".{name}" for name in value._fields]
     else:
-        for i, child in enumerate(value):
-            yield f"[{i}]", child
+        steps = [f"[{i}]" for i in range(len(children))]
+    return zip(steps, children, strict=True)
 
 
 def flatten_with_paths(structure: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -189,7 +187,7 @@ def leaves_where(structure: Any, other: Any, name: str, other_name: str) -> list
 
 
 def _size(value: Any) -> int:
-    return sum(1 for _ in _items(value)) if is_container(value) else 1
+    return len(children_of(value)) if is_container(value) else 1
 
 
 def _describe(value: Any) -> str:

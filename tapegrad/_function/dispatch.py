@@ -20,7 +20,7 @@ from tapegrad._function.program import Program, difference
 from tapegrad._function.recording import Recording
 from tapegrad._function.replay import Replay
 from tapegrad._function.simplify import simplify
-from tapegrad._recording import state
+from tapegrad._recording import alone, state
 from tapegrad._structure import children_of, flatten, is_container, unflatten
 from tapegrad.errors import FunctionError, TapeWarning
 from tapegrad.tensor import Tensor, wrap
@@ -191,11 +191,8 @@ class Function:
         recording = Recording(self._name, inputs, self._strict, founding=entry.calls == 0)
         args, kwargs = unflatten((args, kwargs), leaves)
         given = _contents((args, kwargs))
-        before, state.recorders = state.recorders, [recording]
-        try:
+        with alone(recording):
             result = self._function(*args, **kwargs)
-        finally:
-            state.recorders = before
         if _contents((args, kwargs)) != given:
             recording.refuse(
                 f"{self._name} changes a list, dict or object that it was given, which for the "
@@ -362,16 +359,12 @@ class _Surroundings:
         found: list[Any] = []
         for cell in self._cells:
             try:
-                value = cell.cell_contents
+                found.append(cell.cell_contents)
             except ValueError:  # deleted
-                value = ...
-            found.append(_number(value) if type(value) in _NUMBERS else None)
-        for space, name in self._names:
-            value = space.get(name, ...)
-            found.append(_number(value) if type(value) in _NUMBERS else None)
-        for value in self._defaults():
-            found.append(_number(value) if type(value) in _NUMBERS else None)
-        return tuple(found)
+                found.append(...)
+        found += [space.get(name, ...) for space, name in self._names]
+        found += self._defaults()
+        return tuple([_number(x) if type(x) in _NUMBERS else None for x in found])
 
 
 def _functions_in(x: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from tapegrad._function.program import Program, Step, Value, makers_of, replaced, users_of
 from tapegrad._function.recording import Recording
 from tapegrad._function.rewrites import Rewrite, without_dead_steps, without_repeated_steps
-from tapegrad._recording import state
+from tapegrad._recording import alone
 from tapegrad._tape_arguments import is_floating
 from tapegrad.tape import GradientTape
 from tapegrad.tensor import Tensor, wrap
@@ -100,12 +100,8 @@ class _Template(Program):
         self._types = types
         inputs = [wrap(array) for array in arrays]
         recording = Recording("a pattern", inputs, strict=True, founding=False)
-        before, state.recorders = state.recorders, [recording]
-        try:
-            with np.errstate(all="ignore"):
-                result = function(*inputs)
-        finally:
-            state.recorders = before
+        with alone(recording), np.errstate(all="ignore"):
+            result = function(*inputs)
         program = recording.program(result)
         super().__init__(program.inputs, program.steps, program.outputs, None)
         without_repeated_steps(self)
